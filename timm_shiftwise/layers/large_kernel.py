@@ -1,0 +1,52 @@
+"""SLaK's decomposed large kernel, the baseline that shift-wise operators stand in for.
+
+Source: SLaK (arXiv 2207.03620), Section 3.
+"""
+from torch import Tensor, nn
+
+from timm_shiftwise.geometry import check_geometry
+
+
+class LargeKernelConv2d(nn.Module):
+    """Depthwise N x M, M x N and N x N convolutions, each with its own BatchNorm, added.
+
+    Args:
+        dim: Number of channels in and out.
+        focus_length: M, the long side in pixels.
+        kernel_size: N, the short side in pixels.
+        device: Device of parameters and buffers.
+        dtype: Floating point type of parameters and BatchNorm statistics.
+
+    Shape:
+        - Input: [B, dim, H, W]
+        - Output: [B, dim, H, W]
+
+    Raises:
+        ValueError: If M or N is below 1.
+    """
+
+    def __init__(self, dim: int, focus_length: int, kernel_size: int = 5, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        check_geometry(focus_length, kernel_size, 'full')
+        self.focus_length = focus_length
+        self.kernel_size = kernel_size
+        self.conv_h = _depthwise(dim, kernel_size, focus_length, **dd)
+        self.norm_h = nn.BatchNorm2d(dim, **dd)
+        self.conv_v = _depthwise(dim, focus_length, kernel_size, **dd)
+        self.norm_v = nn.BatchNorm2d(dim, **dd)
+        self.conv_i = _depthwise(dim, kernel_size, kernel_size, **dd)
+        self.norm_i = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forward pass, [B, dim, H, W] in and out."""
+        height, width = x.shape[2], x.shape[3]
+        # an even side makes one row or column more than the image has; of an odd one nothing is cut
+        h = self.conv_h(x)[:, :, :height, :width]
+        v = self.conv_v(x)[:, :, :height, :width]
+        i = self.conv_i(x)[:, :, :height, :width]
+        return self.norm_h(h) + self.norm_v(v) + self.norm_i(i)
+
+
+def _depthwise(dim: int, rows: int, columns: int, **dd) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, (rows, columns), padding=(rows // 2, columns // 2), groups=dim, bias=False, **dd)

@@ -1,0 +1,543 @@
+""" Shift-wise ConvNets
+
+Paper: `Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects` - https://arxiv.org/abs/2401.12736
+@article{li2024shift,
+  title   = {Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects},
+  author  = {Dachong Li and Li Li and Zhuangzhuang Chen and Jianqiang Li},
+  journal = {arXiv preprint arXiv:2401.12736},
+  year    = {2024},
+}
+
+The networks have ConvNeXt's four stages (https://arxiv.org/abs/2201.03545). The operator that mixes pixels is one of:
+
+* ``sw``: small kernels shared by a horizontal, a vertical and a centre branch, shifted to their places in several orders,
+  beside ghost channels (Section 3);
+* ``p_sw``: the paper's ablation, shared small kernels in one order;
+* ``eq_slak``: small kernels of each branch's own in natural order, equal to SLaK's large kernels (Eq. 1-3);
+* ``slak``: the large kernels themselves, `SLaK` - https://arxiv.org/abs/2207.03620.
+
+No ImageNet weights of these networks are published in this layout yet; ``test_sw.digits`` was trained by this package.
+"""
+from collections.abc import Callable
+from functools import partial
+from importlib.resources import files
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    LayerNorm2d,
+    Mlp,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    get_act_layer,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from timm_shiftwise.layers import LargeKernelConv2d, ShiftwiseConv2d
+
+from .checkpoint import checkpoint_filter_fn
+from .pretrained import explain_missing_weights, hub_id
+
+__all__ = ['ShiftwiseNet']  # the registry adds each entrypoint
+
+
+class ShiftwiseBlock(nn.Module):
+    """Operator -> LayerNorm -> Linear -> GELU -> Linear -> layer scale -> drop path, plus the input.
+
+    Args:
+        dim: Number of channels in and out.
+        conv_layer: Makes the operator: called with ``dim`` and keywords ``device`` and ``dtype``.
+        mlp_ratio: Width of the hidden linear layer as a multiple of ``dim``.
+        ls_init_value: Initial layer scale; None for no layer scale.
+        act_layer: Activation between the linear layers.
+        norm_layer: Normalisation over channels of a [B, H, W, C] tensor.
+        drop_path: Stochastic depth rate of the block.
+        device: Device of parameters and buffers.
+        dtype: Floating point type of parameters.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            conv_layer: Callable[..., nn.Module],
+            mlp_ratio: float = 4.,
+            ls_init_value: float | None = 1e-6,
+            act_layer: str | Callable = 'gelu',
+            norm_layer: Callable[..., nn.Module] = LayerNorm,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv_dw = conv_layer(dim, **dd)
+        self.norm = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), **dd)
+        self.gamma = nn.Parameter(ls_init_value * torch.ones(dim, **dd)) if ls_init_value is not None else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forward pass, [B, C, H, W] in and out."""
+        shortcut = x
+        x = self.conv_dw(x)
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        x = self.norm(x)
+        x = self.mlp(x)
+        x = x.permute(0, 3, 1, 2)  # [B, C, H, W]
+        if self.gamma is not None:
+            x = x * self.gamma.reshape(1, -1, 1, 1)
+        return self.drop_path(x) + shortcut
+
+
+class ShiftwiseStage(nn.Module):
+    """Downsampling, except in the first stage, and blocks.
+
+    Args:
+        in_chs: Channels in.
+        out_chs: Channels out.
+        depth: Number of blocks.
+        downsample: Halve the map first.
+        conv_layer: See :class:`ShiftwiseBlock`.
+        drop_path_rates: Stochastic depth rate of each block.
+        ls_init_value: Initial layer scale; None for no layer scale.
+        device: Device of parameters and buffers.
+        dtype: Floating point type of parameters.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            depth: int,
+            downsample: bool,
+            conv_layer: Callable[..., nn.Module],
+            drop_path_rates: list[float],
+            ls_init_value: float | None = 1e-6,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        if downsample:
+            self.downsample = nn.Sequential(
+                LayerNorm2d(in_chs, eps=1e-6, **dd),
+                nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd),
+            )
+        else:
+            self.downsample = nn.Identity()
+        self.blocks = nn.Sequential(*[
+            ShiftwiseBlock(
+                out_chs,
+                conv_layer,
+                ls_init_value=ls_init_value,
+                norm_layer=partial(LayerNorm, eps=1e-6),
+                drop_path=drop_path_rates[i],
+                **dd,
+            )
+            for i in range(depth)
+        ])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forward pass, [B, C_in, H, W] to [B, C_out, H', W']."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class ShiftwiseNet(nn.Module):
+    """Shift-wise ConvNet, and SLaK as its baseline.
+
+    Papers: https://arxiv.org/abs/2401.12736, https://arxiv.org/abs/2207.03620
+
+    Args:
+        in_chans: Number of input image channels.
+        num_classes: Number of classes of the classification head; 0 for no classifier.
+        global_pool: Global pooling type.
+        depths: Number of blocks of each stage.
+        dims: Channels of each stage.
+        focus_lengths: M of each stage, the long side of its kernels in pixels.
+        kernel_size: N, the short side, and the side of the small kernels, in pixels.
+        operator: ``'sw'``, ``'p_sw'``, ``'eq_slak'`` or ``'slak'``, see the module's docstring.
+        ghost_ratio: Share of channels an operator passes through untouched. Not for ``'slak'``.
+        num_paths: P, parallel convolutions of an operator. Not for ``'slak'``.
+        num_shuffles: R, orders of the groups that are added up. Only for ``'sw'`` and ``'p_sw'``.
+        padding: Padding policy of the small convolutions, ``'full'`` or ``'same'``. Not for ``'slak'``.
+        ls_init_value: Initial layer scale; None for no layer scale.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
+        backend: What computes the operator: ``'auto'``, ``'taichi'`` or ``'torch'``; None follows the environment variable
+            ``TIMM_SHIFTWISE_BACKEND``.
+        device: Device of parameters and buffers.
+        dtype: Floating point type of parameters.
+
+    Shape:
+        - Input: [B, in_chans, H, W]
+        - Output: [B, num_classes]
+
+    Raises:
+        ValueError: If an argument is out of its range, or the per-stage ones differ in length.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            depths: tuple[int, ...] = (3, 3, 9, 3),
+            dims: tuple[int, ...] = (96, 192, 384, 768),
+            focus_lengths: tuple[int, ...] = (51, 49, 47, 13),
+            kernel_size: int = 5,
+            operator: str = 'sw',
+            ghost_ratio: float = 0.,
+            num_paths: int = 1,
+            num_shuffles: int = 1,
+            padding: str = 'full',
+            ls_init_value: float | None = 1e-6,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            backend: str | None = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if not len(depths) == len(dims) == len(focus_lengths) >= 1:
+            raise ValueError(
+                'depths, dims and focus_lengths must have one entry for each stage, '
+                f'got {tuple(depths)}, {tuple(dims)} and {tuple(focus_lengths)}.')
+        if operator == 'slak':
+            _refuse_for_slak(ghost_ratio=ghost_ratio, num_paths=num_paths, num_shuffles=num_shuffles, padding=padding)
+            conv_layer = partial(LargeKernelConv2d, kernel_size=kernel_size)
+        else:
+            conv_layer = partial(
+                ShiftwiseConv2d,
+                kernel_size=kernel_size,
+                operator=operator,
+                ghost_ratio=ghost_ratio,
+                num_paths=num_paths,
+                num_shuffles=num_shuffles,
+                padding=padding,
+                backend=backend,
+            )
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.feature_info = []
+
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4, **dd),
+            LayerNorm2d(dims[0], eps=1e-6, **dd),
+        )
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        stages = []
+        for i, (depth, dim, focus_length) in enumerate(zip(depths, dims, focus_lengths, strict=True)):
+            stages.append(ShiftwiseStage(
+                dims[max(i - 1, 0)],
+                dim,
+                depth=depth,
+                downsample=i > 0,
+                conv_layer=partial(conv_layer, focus_length=focus_length),
+                drop_path_rates=drop_path_rates[i],
+                ls_init_value=ls_init_value,
+                **dd,
+            ))
+            self.feature_info += [dict(num_chs=dim, reduction=4 * 2 ** i, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.head = NormMlpClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            norm_layer=partial(LayerNorm2d, eps=1e-6),
+            **dd,
+        )
+        named_apply(_init_weights, self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay beyond those of one dimension, which have none anyway."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str | list]:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade computation for memory: recompute each block in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Number of classes; 0 for none.
+            global_pool: Global pooling type; None leaves it.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Forward pass that also returns the stages' outputs.
+
+        Args:
+            x: Image, [B, in_chans, H, W].
+            indices: The last n stages if an int, all if None, those listed otherwise.
+            norm: Accepted for timm's interface; the network's only final norm follows the pooling.
+            stop_early: Run no stage beyond the last one asked for.
+            output_fmt: Only ``'NCHW'``.
+            intermediates_only: Return the stages' outputs alone.
+
+        Returns:
+            The list of outputs, or the final features and that list.
+
+        Raises:
+            ValueError: If the output format is another one.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages that given intermediate outputs do not need.
+
+        Args:
+            indices: The last n stages if an int, those listed otherwise.
+            prune_norm: Accepted for timm's interface; the network's only final norm goes with the head.
+            prune_head: Drop the classifier and the pooling.
+
+        Returns:
+            Indices of the stages that were asked for.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[:max_index + 1]
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature map before pooling, [B, num_features, H / 32, W / 32]."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling, norm and classifier; without the classifier if ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _refuse_for_slak(**settings) -> None:
+    plain = dict(ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full')
+    for name, value in settings.items():
+        if value != plain[name]:
+            raise ValueError(f"operator 'slak' has no {name}: it must stay {plain[name]!r}, got {value!r}.")
+
+
+def _init_weights(module: nn.Module, name: str = '') -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _create_shiftwise(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    with explain_missing_weights(variant):
+        return build_model_with_cfg(
+            ShiftwiseNet,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            **kwargs,
+        )
+
+
+def _cfg(url: str = '', **kwargs) -> dict:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0', 'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2401.12736',
+        'paper_name': 'Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects',
+        'origin_url': 'https://github.com/lidc54/shift-wiseConv',
+        **kwargs,
+    }
+
+
+_cfg_slak = partial(
+    _cfg,
+    paper_ids='arXiv:2207.03620',
+    paper_name='More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity',
+    origin_url='https://github.com/VITA-Group/SLaK',
+)
+
+default_cfgs = generate_default_cfgs({
+    'sw_tiny.in1k': _cfg(hf_hub_id=hub_id('sw_tiny.in1k')),
+    'sw_small.in1k': _cfg(hf_hub_id=hub_id('sw_small.in1k')),
+    'sw_base.in1k': _cfg(hf_hub_id=hub_id('sw_base.in1k')),
+    'slak_tiny.in1k': _cfg_slak(hf_hub_id=hub_id('slak_tiny.in1k')),
+    'slak_small.in1k': _cfg_slak(hf_hub_id=hub_id('slak_small.in1k')),
+    'slak_base.in1k': _cfg_slak(hf_hub_id=hub_id('slak_base.in1k')),
+    'eq_slak_tiny.in1k': _cfg(hf_hub_id=hub_id('eq_slak_tiny.in1k')),
+    'eq_slak_small.in1k': _cfg(hf_hub_id=hub_id('eq_slak_small.in1k')),
+    'eq_slak_base.in1k': _cfg(hf_hub_id=hub_id('eq_slak_base.in1k')),
+    'p_sw_tiny.in1k': _cfg(hf_hub_id=hub_id('p_sw_tiny.in1k')),
+    'p2_sw_tiny.in1k': _cfg(hf_hub_id=hub_id('p2_sw_tiny.in1k')),
+    'test_sw.digits': _cfg(
+        file=str(files('timm_shiftwise') / 'weights' / 'test_sw.digits.safetensors'),
+        num_classes=10, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bilinear',
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        origin_url=None,
+    ),
+})
+
+_SW = dict(operator='sw', ghost_ratio=0.23, num_paths=2, num_shuffles=4)
+_TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+_SMALL = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
+_BASE = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
+
+
+def _widened(size: dict, factor: float = 1.3) -> dict:
+    """SLaK's widening: channels times 1.3, each cut to an integer."""
+    return dict(size, dims=tuple(int(dim * factor) for dim in size['dims']))
+
+
+@register_model
+def sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """Shift-wise ConvNet, tiny."""
+    model_args = dict(_SW, **_TINY)
+    return _create_shiftwise('sw_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def sw_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """Shift-wise ConvNet, small."""
+    model_args = dict(_SW, **_SMALL)
+    return _create_shiftwise('sw_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def sw_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """Shift-wise ConvNet, base."""
+    model_args = dict(_SW, **_BASE)
+    return _create_shiftwise('sw_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def slak_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """SLaK, tiny, width 1.3."""
+    model_args = dict(_widened(_TINY), operator='slak')
+    return _create_shiftwise('slak_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def slak_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """SLaK, small, width 1.3."""
+    model_args = dict(_widened(_SMALL), operator='slak')
+    return _create_shiftwise('slak_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def slak_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """SLaK, base, width 1.3."""
+    model_args = dict(_widened(_BASE), operator='slak')
+    return _create_shiftwise('slak_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def eq_slak_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """SLaK, tiny, width 1.3, its large kernels made of shifted small ones."""
+    model_args = dict(_widened(_TINY), operator='eq_slak')
+    return _create_shiftwise('eq_slak_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def eq_slak_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """SLaK, small, width 1.3, its large kernels made of shifted small ones."""
+    model_args = dict(_widened(_SMALL), operator='eq_slak')
+    return _create_shiftwise('eq_slak_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def eq_slak_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """SLaK, base, width 1.3, its large kernels made of shifted small ones."""
+    model_args = dict(_widened(_BASE), operator='eq_slak')
+    return _create_shiftwise('eq_slak_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def p_sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """The paper's ablation p-SW: small kernels shared by the branches, every window kept (p = N - 1)."""
+    model_args = dict(_TINY, operator='p_sw', padding='full')
+    return _create_shiftwise('p_sw_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def p2_sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """The paper's ablation p2-SW: as p-SW, windows centred outside of the image dropped (p = N // 2)."""
+    model_args = dict(_TINY, operator='p_sw', padding='same')
+    return _create_shiftwise('p2_sw_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_sw(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    """A shift-wise ConvNet small enough for tests and the quickstart."""
+    model_args = dict(_SW, depths=(1, 1, 2, 1), dims=(12, 24, 36, 48), focus_lengths=(15, 13, 11, 7))
+    return _create_shiftwise('test_sw', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,49 @@
+"""Front of the shift-wise convolution: small depthwise convolutions whose maps are shifted and added."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_shiftwise.geometry import small_padding
+from timm_shiftwise.ops.shift_add import shift_add, shift_add_torch
+
+
+def shiftwise_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        focus_length: int,
+        padding: str = 'full',
+        backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run K small convolutions on every channel, shift their maps to their places and add them up.
+
+    Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3. With ``padding='full'`` and tables in natural order this equals one
+    wide N x (G * N), one tall (G * N) x N and one square N x N depthwise convolution.
+
+    Args:
+        x: Input [B, C, H, W].
+        weight: Small kernels [C, K, N, N].
+        horizontal: Kernel index, 0 to K - 1, at every place of the wide branch; integer [R, C, G].
+        vertical: The same for the tall branch; integer [R, C, G].
+        identity: Kernel index of the centre branch; integer [R, C].
+        focus_length: M in pixels.
+        padding: ``'full'`` or ``'same'``.
+        backend: ``'auto'``, ``'taichi'``, ``'torch'`` or None, see :func:`timm_shiftwise.ops.shift_add`.
+
+    Returns:
+        The horizontal, vertical and identity branches, each [B, C, H, W].
+
+    Raises:
+        TypeError: If a dtype is not supported.
+        ValueError: If a shape or a setting does not fit.
+        RuntimeError: If the backend asked for cannot run.
+    """
+    channels, _, kernel_size, _ = weight.shape
+    # [B, C, H, W] -> [B, C * K, map(H), map(W)]
+    y = F.conv2d(x, weight.flatten(0, 1).unsqueeze(1), padding=small_padding(kernel_size, padding), groups=channels)
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # a graph that leaves Python must hold nothing but PyTorch's own operators
+        return shift_add_torch(y, horizontal, vertical, identity, focus_length, kernel_size, padding)
+    return shift_add(y, horizontal, vertical, identity, focus_length, kernel_size, padding, backend)
