@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -47,7 +48,8 @@ def import_taichi() -> Any:
         return loaded
     # both are read once, while the module loads
     quiet = {'ENABLE_TAICHI_HEADER_PRINT': 'False', 'TI_MANYLINUX2014_OK': '1'}
-    with _lock, mock.patch.dict(os.environ, quiet):
+    with _lock, mock.patch.dict(os.environ, quiet), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         return importlib.import_module('taichi')
 
 

@@ -1,0 +1,28 @@
+"""What the tests share: the backends, and fresh memory that shows when it was not written."""
+import pytest
+import torch
+
+from timm_shiftwise.ops.backend import explain_backend
+
+
+@pytest.fixture(params=['torch', 'taichi'])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every implementation of an operator that can run here."""
+    if request.param == 'taichi':
+        choice = explain_backend('auto', torch.device('cpu'))
+        if choice.backend != 'taichi':
+            pytest.skip(f'Taichi cannot run here: {choice.reason}')
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill uninitialised tensors with NaN, so that an element which is never written fails the comparison."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    was_filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).new_empty(5).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was_on)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filled
