@@ -10,8 +10,8 @@ Paper: `Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects` - 
 
 The networks have ConvNeXt's four stages (https://arxiv.org/abs/2201.03545). The operator that mixes pixels is one of:
 
-* ``sw``: small kernels shared by a horizontal, a vertical and a centre branch, shifted to their places in several orders,
-  beside ghost channels (Section 3);
+* ``sw``: small kernels shared by a horizontal, a vertical and a centre branch, shifted to their places in several
+  orders, beside ghost channels (Section 3);
 * ``p_sw``: the paper's ablation, shared small kernels in one order;
 * ``eq_slak``: small kernels of each branch's own in natural order, equal to SLaK's large kernels (Eq. 1-3);
 * ``slak``: the large kernels themselves, `SLaK` - https://arxiv.org/abs/2207.03620.
@@ -21,6 +21,7 @@ No ImageNet weights of these networks are published in this layout yet; ``test_s
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
+from typing import ClassVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -48,6 +49,7 @@ from timm_shiftwise.layers import LargeKernelConv2d, ShiftwiseConv2d
 
 from .checkpoint import checkpoint_filter_fn
 from .pretrained import explain_missing_weights, hub_id
+from .variants import SHIFTWISE
 
 __all__ = ['ShiftwiseNet']  # the registry adds each entrypoint
 
@@ -61,7 +63,7 @@ class ShiftwiseBlock(nn.Module):
         mlp_ratio: Width of the hidden linear layer as a multiple of ``dim``.
         ls_init_value: Initial layer scale; None for no layer scale.
         act_layer: Activation between the linear layers.
-        norm_layer: Normalisation over channels of a [B, H, W, C] tensor.
+        norm_layer: Normalisation over channels of a [B, H, W, C] tensor, called with ``eps``.
         drop_path: Stochastic depth rate of the block.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters.
@@ -82,7 +84,7 @@ class ShiftwiseBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv_dw = conv_layer(dim, **dd)
-        self.norm = norm_layer(dim, **dd)
+        self.norm = norm_layer(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), **dd)
         self.gamma = nn.Parameter(ls_init_value * torch.ones(dim, **dd)) if ls_init_value is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -100,6 +102,22 @@ class ShiftwiseBlock(nn.Module):
         return self.drop_path(x) + shortcut
 
 
+def patch_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
+    """Convolution of 4 x 4 patches -> LayerNorm: a quarter of the image's side."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd),
+        LayerNorm2d(dim, eps=1e-6, **dd),
+    )
+
+
+def patch_downsample(in_chs: int, out_chs: int, **dd) -> nn.Sequential:
+    """LayerNorm -> convolution of 2 x 2 patches: half of the map's side."""
+    return nn.Sequential(
+        LayerNorm2d(in_chs, eps=1e-6, **dd),
+        nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd),
+    )
+
+
 class ShiftwiseStage(nn.Module):
     """Downsampling, except in the first stage, and blocks.
 
@@ -107,8 +125,9 @@ class ShiftwiseStage(nn.Module):
         in_chs: Channels in.
         out_chs: Channels out.
         depth: Number of blocks.
-        downsample: Halve the map first.
         conv_layer: See :class:`ShiftwiseBlock`.
+        block_layer: Makes a block, with the arguments of :class:`ShiftwiseBlock`.
+        downsample_layer: Makes what halves the map first, called with the channels in and out; None leaves the map.
         drop_path_rates: Stochastic depth rate of each block.
         ls_init_value: Initial layer scale; None for no layer scale.
         device: Device of parameters and buffers.
@@ -120,8 +139,9 @@ class ShiftwiseStage(nn.Module):
             in_chs: int,
             out_chs: int,
             depth: int,
-            downsample: bool,
             conv_layer: Callable[..., nn.Module],
+            block_layer: Callable[..., nn.Module],
+            downsample_layer: Callable[..., nn.Module] | None,
             drop_path_rates: list[float],
             ls_init_value: float | None = 1e-6,
             device=None,
@@ -130,22 +150,9 @@ class ShiftwiseStage(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
-        if downsample:
-            self.downsample = nn.Sequential(
-                LayerNorm2d(in_chs, eps=1e-6, **dd),
-                nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd),
-            )
-        else:
-            self.downsample = nn.Identity()
+        self.downsample = downsample_layer(in_chs, out_chs, **dd) if downsample_layer else nn.Identity()
         self.blocks = nn.Sequential(*[
-            ShiftwiseBlock(
-                out_chs,
-                conv_layer,
-                ls_init_value=ls_init_value,
-                norm_layer=partial(LayerNorm, eps=1e-6),
-                drop_path=drop_path_rates[i],
-                **dd,
-            )
+            block_layer(out_chs, conv_layer, ls_init_value=ls_init_value, drop_path=drop_path_rates[i], **dd)
             for i in range(depth)
         ])
 
@@ -180,8 +187,8 @@ class ShiftwiseNet(nn.Module):
         ls_init_value: Initial layer scale; None for no layer scale.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
-        backend: What computes the operator: ``'auto'``, ``'taichi'`` or ``'torch'``; None follows the environment variable
-            ``TIMM_SHIFTWISE_BACKEND``.
+        backend: What computes the operator: ``'auto'``, ``'taichi'`` or ``'torch'``; None follows the environment
+            variable ``TIMM_SHIFTWISE_BACKEND``.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters.
 
@@ -192,6 +199,11 @@ class ShiftwiseNet(nn.Module):
     Raises:
         ValueError: If an argument is out of its range, or the per-stage ones differ in length.
     """
+    # what a later generation of these networks replaces
+    stem_layer: ClassVar[Callable[..., nn.Module]] = staticmethod(patch_stem)
+    downsample_layer: ClassVar[Callable[..., nn.Module]] = staticmethod(patch_downsample)
+    block_layer: ClassVar[Callable[..., nn.Module]] = ShiftwiseBlock
+    ghost_split: ClassVar[str] = 'v1'
 
     def __init__(
             self,
@@ -222,13 +234,14 @@ class ShiftwiseNet(nn.Module):
                 f'got {tuple(depths)}, {tuple(dims)} and {tuple(focus_lengths)}.')
         if operator == 'slak':
             _refuse_for_slak(ghost_ratio=ghost_ratio, num_paths=num_paths, num_shuffles=num_shuffles, padding=padding)
-            conv_layer = partial(LargeKernelConv2d, kernel_size=kernel_size)
+            conv_layer: Callable[..., nn.Module] = partial(LargeKernelConv2d, kernel_size=kernel_size)
         else:
             conv_layer = partial(
                 ShiftwiseConv2d,
                 kernel_size=kernel_size,
                 operator=operator,
                 ghost_ratio=ghost_ratio,
+                ghost_split=self.ghost_split,
                 num_paths=num_paths,
                 num_shuffles=num_shuffles,
                 padding=padding,
@@ -239,19 +252,18 @@ class ShiftwiseNet(nn.Module):
         self.drop_rate = drop_rate
         self.feature_info = []
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4, **dd),
-            LayerNorm2d(dims[0], eps=1e-6, **dd),
-        )
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        self.stem = self.stem_layer(in_chans, dims[0], **dd)
+        drop_path_rates = cast(
+            'list[list[float]]', calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
         for i, (depth, dim, focus_length) in enumerate(zip(depths, dims, focus_lengths, strict=True)):
             stages.append(ShiftwiseStage(
                 dims[max(i - 1, 0)],
                 dim,
                 depth=depth,
-                downsample=i > 0,
                 conv_layer=partial(conv_layer, focus_length=focus_length),
+                block_layer=self.block_layer,
+                downsample_layer=self.downsample_layer if i > 0 else None,
                 drop_path_rates=drop_path_rates[i],
                 ls_init_value=ls_init_value,
                 **dd,
@@ -289,7 +301,7 @@ class ShiftwiseNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade computation for memory: recompute each block in the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            cast(ShiftwiseStage, stage).grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -394,16 +406,26 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
             nn.init.zeros_(module.bias)
 
 
-def _create_shiftwise(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
-    with explain_missing_weights(variant):
+def create_shiftwise(
+        variant: str,
+        pretrained: bool = False,
+        model_cls: type[ShiftwiseNet] = ShiftwiseNet,
+        **kwargs,
+) -> ShiftwiseNet:
+    """Build a registered network through timm, with its weights if asked for."""
+    with explain_missing_weights(variant, pretrained, kwargs):
         return build_model_with_cfg(
-            ShiftwiseNet,
+            model_cls,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
             **kwargs,
         )
+
+
+def _create_shiftwise(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+    return create_shiftwise(variant, pretrained, **dict(SHIFTWISE[variant], **kwargs))
 
 
 def _cfg(url: str = '', **kwargs) -> dict:
@@ -448,96 +470,74 @@ default_cfgs = generate_default_cfgs({
     ),
 })
 
-_SW = dict(operator='sw', ghost_ratio=0.23, num_paths=2, num_shuffles=4)
-_TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
-_SMALL = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
-_BASE = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
-
-
-def _widened(size: dict, factor: float = 1.3) -> dict:
-    """SLaK's widening: channels times 1.3, each cut to an integer."""
-    return dict(size, dims=tuple(int(dim * factor) for dim in size['dims']))
-
 
 @register_model
 def sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """Shift-wise ConvNet, tiny."""
-    model_args = dict(_SW, **_TINY)
-    return _create_shiftwise('sw_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('sw_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def sw_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """Shift-wise ConvNet, small."""
-    model_args = dict(_SW, **_SMALL)
-    return _create_shiftwise('sw_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('sw_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def sw_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """Shift-wise ConvNet, base."""
-    model_args = dict(_SW, **_BASE)
-    return _create_shiftwise('sw_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('sw_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def slak_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """SLaK, tiny, width 1.3."""
-    model_args = dict(_widened(_TINY), operator='slak')
-    return _create_shiftwise('slak_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('slak_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def slak_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """SLaK, small, width 1.3."""
-    model_args = dict(_widened(_SMALL), operator='slak')
-    return _create_shiftwise('slak_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('slak_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def slak_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """SLaK, base, width 1.3."""
-    model_args = dict(_widened(_BASE), operator='slak')
-    return _create_shiftwise('slak_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('slak_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def eq_slak_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """SLaK, tiny, width 1.3, its large kernels made of shifted small ones."""
-    model_args = dict(_widened(_TINY), operator='eq_slak')
-    return _create_shiftwise('eq_slak_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('eq_slak_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def eq_slak_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """SLaK, small, width 1.3, its large kernels made of shifted small ones."""
-    model_args = dict(_widened(_SMALL), operator='eq_slak')
-    return _create_shiftwise('eq_slak_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('eq_slak_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def eq_slak_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """SLaK, base, width 1.3, its large kernels made of shifted small ones."""
-    model_args = dict(_widened(_BASE), operator='eq_slak')
-    return _create_shiftwise('eq_slak_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('eq_slak_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def p_sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """The paper's ablation p-SW: small kernels shared by the branches, every window kept (p = N - 1)."""
-    model_args = dict(_TINY, operator='p_sw', padding='full')
-    return _create_shiftwise('p_sw_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('p_sw_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def p2_sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """The paper's ablation p2-SW: as p-SW, windows centred outside of the image dropped (p = N // 2)."""
-    model_args = dict(_TINY, operator='p_sw', padding='same')
-    return _create_shiftwise('p2_sw_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('p2_sw_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def test_sw(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
     """A shift-wise ConvNet small enough for tests and the quickstart."""
-    model_args = dict(_SW, depths=(1, 1, 2, 1), dims=(12, 24, 36, 48), focus_lengths=(15, 13, 11, 7))
-    return _create_shiftwise('test_sw', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_shiftwise('test_sw', pretrained=pretrained, **kwargs)

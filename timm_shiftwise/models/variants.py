@@ -1,0 +1,44 @@
+"""Arguments of the registered networks: what the entrypoints build, and what an unknown checkpoint is compared with."""
+from typing import Any
+
+_TINY = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+_SMALL = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
+_BASE = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
+
+_FOCUS = dict(focus_lengths=(51, 49, 47, 13))
+_SW = dict(_FOCUS, kernel_size=5, operator='sw', ghost_ratio=0.23, num_paths=2, num_shuffles=4)
+_SLAK = dict(_FOCUS, kernel_size=5, operator='slak')
+_EQ_SLAK = dict(_FOCUS, kernel_size=5, operator='eq_slak')
+_P_SW = dict(_FOCUS, kernel_size=5, operator='p_sw')
+
+
+def _widened(size: dict[str, Any], factor: float = 1.3) -> dict[str, Any]:
+    """SLaK's widening: channels times 1.3, each cut to an integer."""
+    return dict(size, dims=tuple(int(dim * factor) for dim in size['dims']))
+
+
+SHIFTWISE: dict[str, dict[str, Any]] = {
+    'sw_tiny': dict(_SW, **_TINY),
+    'sw_small': dict(_SW, **_SMALL),
+    'sw_base': dict(_SW, **_BASE),
+    'slak_tiny': dict(_SLAK, **_widened(_TINY)),
+    'slak_small': dict(_SLAK, **_widened(_SMALL)),
+    'slak_base': dict(_SLAK, **_widened(_BASE)),
+    'eq_slak_tiny': dict(_EQ_SLAK, **_widened(_TINY)),
+    'eq_slak_small': dict(_EQ_SLAK, **_widened(_SMALL)),
+    'eq_slak_base': dict(_EQ_SLAK, **_widened(_BASE)),
+    'p_sw_tiny': dict(_P_SW, **_TINY, padding='full'),
+    'p2_sw_tiny': dict(_P_SW, **_TINY, padding='same'),
+    'test_sw': dict(_SW, depths=(1, 1, 2, 1), dims=(12, 24, 36, 48), focus_lengths=(15, 13, 11, 7)),
+}
+"""Networks of ``shiftwise.py``."""
+
+_SW_V2 = dict(_SW, kernel_size=3)
+
+SHIFTWISE_V2: dict[str, dict[str, Any]] = {
+    'sw_v2_tiny': dict(_SW_V2, depths=(3, 3, 18, 3), dims=(80, 160, 320, 640)),
+    'sw_v2_small': dict(_SW_V2, **_SMALL),
+    'sw_v2_base': dict(_SW_V2, **_BASE),
+    'sw_v2_large': dict(_SW_V2, depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+}
+"""Networks of ``shiftwise_v2.py``."""
