@@ -2,9 +2,12 @@
 
 Source: SLaK (arXiv 2207.03620), Section 3.
 """
+import torch
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry
+
+from .merged import MergedLargeKernelConv2d, fold_batch_norm, merge_large_kernels
 
 
 class LargeKernelConv2d(nn.Module):
@@ -47,6 +50,25 @@ class LargeKernelConv2d(nn.Module):
         i = self.conv_i(x)[:, :, :height, :width]
         return self.norm_h(h) + self.norm_v(v) + self.norm_i(i)
 
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> MergedLargeKernelConv2d:
+        """The operator in its form for inference, same output; ``timm.utils.reparameterize_model`` calls it."""
+        dd = {'device': self.conv_h.weight.device, 'dtype': self.conv_h.weight.dtype}
+        merged = MergedLargeKernelConv2d(self.conv_h.in_channels, self.focus_length, self.kernel_size, **dd)
+        wide, bias_h = _folded(self.conv_h, self.norm_h)
+        tall, bias_v = _folded(self.conv_v, self.norm_v)
+        square, bias_i = _folded(self.conv_i, self.norm_i)
+        tall, wide = merge_large_kernels(wide, tall, square, self.focus_length)
+        merged.load_state_dict({'tall': tall, 'wide': wide, 'bias': bias_h + bias_v + bias_i})
+        return merged.train(self.training)
+
 
 def _depthwise(dim: int, rows: int, columns: int, **dd) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, (rows, columns), padding=(rows // 2, columns // 2), groups=dim, bias=False, **dd)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Kernels [C, rows, columns] and bias [C] of a depthwise convolution with its BatchNorm, float64."""
+    scale, bias = fold_batch_norm(norm)
+    return conv.weight.double().squeeze(1) * scale[:, None, None], bias

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from timm_shiftwise.geometry import check_geometry, small_padding
 from timm_shiftwise.ops import shiftwise_conv2d
 
+from .merged import MergedShiftwiseConv2d, fold_batch_norm
 from .wiring import separate_wiring, shuffled_wiring, split_ghost
 
 # fx sees one node; what is inside chooses by device and backend
@@ -21,17 +22,17 @@ OPERATORS = ('sw', 'p_sw', 'eq_slak')
 class ShiftwiseConv2d(nn.Module):
     """Depthwise operator with the reach of an M x N, an N x M and an N x N kernel, made of N x N ones.
 
-    Of the input's channels some (*ghosts*) pass through untouched; the others are convolved by P parallel *paths* of G small
-    kernels, summed before anything non-linear, whose maps are shifted and added into a horizontal, a vertical and an identity
-    branch, each normalised by its own BatchNorm. The output holds the worked-on channels, then the ghosts, both in ascending
-    order of index: the pointwise layer that follows learns that order.
+    Of the input's channels some (*ghosts*) pass through untouched; the others are convolved by P parallel *paths* of G
+    small kernels, summed before anything non-linear, whose maps are shifted and added into a horizontal, a vertical and
+    an identity branch, each normalised by its own BatchNorm. The output holds the worked-on channels, then the ghosts,
+    both in ascending order of index: the pointwise layer that follows learns that order.
 
     Args:
         dim: Number of channels in and out.
         focus_length: M, the long side of the large kernel in pixels.
         kernel_size: N, the side of the small kernels in pixels.
-        operator: ``'sw'`` (branches share their kernels, orders shuffled per channel, skip inside), ``'p_sw'`` (shared, wide
-            branch in natural order, no skip) or ``'eq_slak'`` (kernels of their own, natural order, no skip).
+        operator: ``'sw'`` (branches share their kernels, orders shuffled per channel, skip inside), ``'p_sw'`` (shared,
+            wide branch in natural order, no skip) or ``'eq_slak'`` (kernels of their own, natural order, no skip).
         num_paths: P, parallel convolutions whose weights add up.
         num_shuffles: R, orders that are added up (1 for ``'eq_slak'``).
         ghost_ratio: Share of channels that pass through.
@@ -48,6 +49,14 @@ class ShiftwiseConv2d(nn.Module):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    kept: Tensor
+    ghost: Tensor
+    horizontal: Tensor
+    vertical: Tensor
+    identity: Tensor
+    mask: Tensor
+    geometry: Tensor
 
     def __init__(
             self,
@@ -77,6 +86,8 @@ class ShiftwiseConv2d(nn.Module):
         self.focus_length = focus_length
         self.kernel_size = kernel_size
         self.operator = operator
+        self.ghost_ratio = ghost_ratio
+        self.ghost_split = ghost_split
         self.padding = padding
         self.backend = backend
 
@@ -143,6 +154,35 @@ class ShiftwiseConv2d(nn.Module):
         if self.num_ghost > 0:
             out = torch.cat([out, x.index_select(1, self.ghost)], dim=1)
         return out
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> MergedShiftwiseConv2d:
+        """The operator in its form for inference, same output; ``timm.utils.reparameterize_model`` calls it."""
+        merged = MergedShiftwiseConv2d(
+            len(self.kept) + self.num_ghost,
+            self.focus_length,
+            self.kernel_size,
+            operator=self.operator,
+            num_shuffles=self.horizontal.shape[0],
+            ghost_ratio=self.ghost_ratio,
+            ghost_split=self.ghost_split,
+            padding=self.padding,
+            backend=self.backend,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        scale_h, bias_h = fold_batch_norm(self.norm_h)
+        scale_v, bias_v = fold_batch_norm(self.norm_v)
+        scale_i, bias_i = fold_batch_norm(self.norm_i)
+        held = {
+            'weight': self.weight.double().sum(0) * self.mask[:, :, None, None],
+            'scale_h': scale_h, 'scale_v': scale_v, 'scale_i': scale_i, 'bias': bias_h + bias_v + bias_i,
+        }
+        held.update((name, getattr(self, name)) for name in (
+            'kept', 'ghost', 'horizontal', 'vertical', 'identity', 'geometry'))
+        merged.load_state_dict(held)
+        return merged.train(self.training)
 
     def extra_repr(self) -> str:
         """What the operator's own line in a printed model says."""

@@ -1,8 +1,8 @@
 """Index tables of the shift-wise operator: which channels are worked on, and which group sits at which place.
 
-The released checkpoints do not hold these tables: they follow from fixed seeds, so loading such weights needs the same draws.
-All draws come from private generators; the global random state is neither read nor changed. Our own checkpoints keep the
-tables as persistent buffers.
+The released checkpoints do not hold these tables: they follow from fixed seeds, so loading such weights needs the same
+draws. All draws come from private generators; the global random state is neither read nor changed. Our own checkpoints
+keep the tables as persistent buffers.
 
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.2 (ghost split, rearranged groups).
 """
@@ -128,7 +128,8 @@ def separate_wiring(channels: int, focus_length: int, kernel_size: int) -> Wirin
     """
     groups = num_groups(focus_length, kernel_size)
     identity = torch.full([1, channels], 2 * groups, dtype=torch.int32, device='cpu')
-    return Wiring(_natural_order(channels, 0, groups), _natural_order(channels, groups, groups), identity, 2 * groups + 1)
+    return Wiring(_natural_order(channels, 0, groups), _natural_order(channels, groups, groups), identity, 2 * groups +
+    1)
 
 
 def _natural_order(channels: int, first: int, groups: int) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import small_padding
 from timm_shiftwise.ops.shift_add import shift_add, shift_add_torch
+from timm_shiftwise.ops.tracing import graph_leaves_python
 
 
 def shiftwise_conv2d(
@@ -19,8 +20,8 @@ def shiftwise_conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run K small convolutions on every channel, shift their maps to their places and add them up.
 
-    Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3. With ``padding='full'`` and tables in natural order this equals one
-    wide N x (G * N), one tall (G * N) x N and one square N x N depthwise convolution.
+    Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3. With ``padding='full'`` and tables in natural order this equals
+    one wide N x (G * N), one tall (G * N) x N and one square N x N depthwise convolution.
 
     Args:
         x: Input [B, C, H, W].
@@ -43,7 +44,9 @@ def shiftwise_conv2d(
     channels, _, kernel_size, _ = weight.shape
     # [B, C, H, W] -> [B, C * K, map(H), map(W)]
     y = F.conv2d(x, weight.flatten(0, 1).unsqueeze(1), padding=small_padding(kernel_size, padding), groups=channels)
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        # a graph that leaves Python must hold nothing but PyTorch's own operators
+    if torch.jit.is_scripting():
         return shift_add_torch(y, horizontal, vertical, identity, focus_length, kernel_size, padding)
-    return shift_add(y, horizontal, vertical, identity, focus_length, kernel_size, padding, backend)
+    else:
+        if graph_leaves_python():
+            return shift_add_torch(y, horizontal, vertical, identity, focus_length, kernel_size, padding)
+        return shift_add(y, horizontal, vertical, identity, focus_length, kernel_size, padding, backend)

@@ -1,0 +1,85 @@
+"""Following "after the optimiser stepped" from the model's side.
+
+A training script that knows nothing of sparsity calls ``optimizer.step()`` and no more. PyTorch has hooks around the
+step of every optimiser; through them a schedule hears of the steps of the optimiser that holds its weights. Schedules
+are held weakly: one whose model is gone is no longer followed, and with the last one the hooks go too.
+"""
+import threading
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+
+class Follower(Protocol):
+    """What hears of optimiser steps."""
+
+    def followed_parameter(self) -> nn.Parameter:
+        """A parameter that tells whether an optimiser is the one to listen to."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called before a step that will be taken, gradients in place."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after a step that was taken."""
+
+
+_lock = threading.RLock()
+_followers: dict[int, weakref.ref] = {}
+_handles: list[Any] = []
+
+
+def follow(follower: Follower) -> None:
+    """Let a follower hear of the steps of the optimiser that holds its parameter, as long as it lives."""
+    key = id(follower)
+    with _lock:
+        _followers[key] = weakref.ref(follower, lambda _: _forget(key))
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before_step))
+            _handles.append(register_optimizer_step_post_hook(_after_step))
+
+
+def is_following() -> bool:
+    """Whether any follower is alive and the hooks stand."""
+    return bool(_handles)
+
+
+def _forget(key: int) -> None:
+    with _lock:
+        _followers.pop(key, None)
+        if not _followers:
+            while _handles:
+                _handles.pop().remove()
+
+
+def _listeners(optimizer: Optimizer) -> list[Follower]:
+    with _lock:
+        alive = [follower for ref in _followers.values() if (follower := ref()) is not None]
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    return [follower for follower in alive if id(follower.followed_parameter()) in held]
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    # an optimiser that unscales by itself is stepped by GradScaler even where the gradients overflowed
+    found_inf = getattr(optimizer, 'found_inf', None)
+    return found_inf is not None and bool(found_inf)
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not _is_skipped(optimizer):
+        for follower in _listeners(optimizer):
+            follower.before_step(optimizer)
+
+
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not _is_skipped(optimizer):
+        for follower in _listeners(optimizer):
+            follower.after_step(optimizer)

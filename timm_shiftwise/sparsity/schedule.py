@@ -1,0 +1,221 @@
+"""The schedule of grouped shift-wise sparsity, carried by the model through any training script.
+
+Source: Shift-ConvNets (arXiv 2401.12736), Section 3.3; SLaK (arXiv 2207.03620), Section 4.
+"""
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from timm_shiftwise.layers import ShiftwiseConv2d
+
+from .follow import follow
+from .masks import (
+    prune_and_regrow,
+    prune_rate_at,
+    random_mask,
+    snip_counts,
+    snip_saliency,
+    uniform_counts,
+)
+
+_logger = logging.getLogger(__name__)
+
+INITIALISATIONS = ('snip', 'uniform')
+
+# values of the buffer `phase`
+WAITING = 0
+"""No masks drawn yet: they follow from the gradients of the first optimiser step."""
+RUNNING = 1
+"""Masks drawn; groups are pruned and regrown at every interval."""
+FIXED = 2
+"""Masks stay as they are: weights that are fine-tuned keep theirs."""
+
+
+class SparsitySchedule(nn.Module):
+    """Prunes and regrows the groups of a network's shift-wise operators while it trains.
+
+    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each layer
+    keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each layer loses its kept groups of
+    smallest magnitude and grows as many others, from zero. The share removed decays by a cosine to 0.005 over
+    ``sparsity_steps``, after which the masks stay.
+
+    The state (masks in the layers, phase and step here) lives in buffers: a resumed run goes on where it stopped, and
+    EMA copies and ranks stay in step. Weights loaded through ``pretrained=True``, and weights that meet a new
+    optimiser, keep their masks.
+
+    Args:
+        stages: The operators of each stage.
+        sparsity: Share of all groups to prune, 0 up to, not including, 1; 0 leaves every mask as it is.
+        prune_rate: Share of a layer's kept groups that the first update exchanges, 0 to 1.
+        prune_interval: Optimiser steps between updates.
+        sparsity_init: ``'snip'`` or ``'uniform'`` (the same share in every layer).
+        sparsity_steps: Length of the run in optimiser steps.
+        sparsity_seed: Seed of the draws.
+        device: Device of the buffers.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+    """
+
+    phase: Tensor
+    step: Tensor
+
+    def __init__(
+            self,
+            stages: list[list[ShiftwiseConv2d]],
+            sparsity: float,
+            prune_rate: float,
+            prune_interval: int,
+            sparsity_init: str = 'snip',
+            sparsity_steps: int = 93_600,
+            sparsity_seed: int = 0,
+            device=None,
+    ) -> None:
+        super().__init__()
+        if not _is_number(sparsity) or not 0 <= sparsity < 1:
+            raise ValueError(f'sparsity must be at least 0 and below 1, got {sparsity!r}.')
+        if not _is_number(prune_rate) or not 0 <= prune_rate <= 1:
+            raise ValueError(f'prune_rate must be between 0 and 1, got {prune_rate!r}.')
+        _check_integer('prune_interval', prune_interval, 1)
+        _check_integer('sparsity_steps', sparsity_steps, 1)
+        _check_integer('sparsity_seed', sparsity_seed, 0)
+        if sparsity_init not in INITIALISATIONS:
+            raise ValueError(f'sparsity_init must be one of {INITIALISATIONS}, got {sparsity_init!r}.')
+        self.sparsity = sparsity
+        self.prune_rate = prune_rate
+        self.prune_interval = prune_interval
+        self.sparsity_init = sparsity_init
+        self.sparsity_steps = sparsity_steps
+        self.sparsity_seed = sparsity_seed
+        # a tuple, not a ModuleList: the layers belong to the network, which names them in its state dict
+        self._stages = tuple(tuple(stage) for stage in stages)
+        self.register_buffer('phase', torch.tensor(WAITING, dtype=torch.int64, device=device))
+        self.register_buffer('step', torch.tensor(0, dtype=torch.int64, device=device))
+        # what the buffers hold, so that a step on an accelerator need not wait for their values
+        self._phase = WAITING
+        self._step = 0
+        self._fresh_optimizer = False
+        if self.sparsity > 0:
+            follow(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.sparsity > 0:
+            follow(self)  # a copy trains as the original does
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.phase.device.type != 'meta':
+            self._phase, self._step = int(self.phase), int(self.step)
+
+    def fuse(self) -> nn.Module:
+        """What stands in the schedule's place in a network for inference: nothing."""
+        return nn.Identity()
+
+    @torch.jit.ignore
+    def layers(self) -> list[ShiftwiseConv2d]:
+        """The operators that are followed, in the order of the network."""
+        return [layer for stage in self._stages for layer in stage]
+
+    @torch.jit.ignore
+    def sparsity_per_stage(self) -> list[float]:
+        """Share of pruned groups in each stage, as the masks stand."""
+        shares = []
+        for stage in self._stages:
+            kept, total = sum(int(layer.mask.sum()) for layer in stage), sum(layer.mask.numel() for layer in stage)
+            shares.append(1 - kept / total)
+        return shares
+
+    @torch.jit.ignore
+    def followed_parameter(self) -> nn.Parameter:
+        """See :class:`timm_shiftwise.sparsity.follow.Follower`."""
+        return self.layers()[0].weight
+
+    @torch.jit.ignore
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Draw the masks at the first step, whose gradients tell the densities."""
+        self._fresh_optimizer = len(optimizer.state) == 0
+        if self._phase == WAITING and all(layer.weight.grad is not None for layer in self.layers()):
+            self._draw_masks(optimizer)
+
+    @torch.jit.ignore
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count the step, and prune and regrow when the interval is over."""
+        if self._phase != RUNNING:
+            return
+        if self._step > 0 and self._fresh_optimizer and len(optimizer.state) > 0:
+            # weights that have trained meet an optimiser that has not: somebody fine-tunes them
+            self._set(FIXED, self._step)
+            _log('Fine-tuning keeps the masks of the loaded weights; pruned groups per stage: %s.', self._shares())
+            return
+        self._set(RUNNING, self._step + 1)
+        if self._step % self.prune_interval == 0 and self._step < self.sparsity_steps:
+            self._update_masks(optimizer)
+
+    def _draw_masks(self, optimizer: Optimizer) -> None:
+        layers = self.layers()
+        if self.sparsity_init == 'snip':
+            counts = snip_counts([snip_saliency(layer.weight, layer.weight.grad) for layer in layers], self.sparsity)
+        else:
+            counts = uniform_counts([layer.mask.numel() for layer in layers], self.sparsity)
+        for index, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+            channels, maps = layer.mask.shape
+            mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
+            self._put_mask(layer, mask, mask, optimizer)
+            layer.weight.grad.mul_(layer.mask[:, :, None, None])
+        self._set(RUNNING, 0)
+        _log(
+            'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
+            'over %d. sparsity=0 trains the dense network.',
+            100 * self.sparsity, self._shares(), self.prune_interval, self.sparsity_steps)
+
+    def _update_masks(self, optimizer: Optimizer) -> None:
+        rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
+        for index, layer in enumerate(self.layers()):
+            magnitude = layer.weight.abs().sum(dim=(0, 3, 4))
+            standing, grown = prune_and_regrow(
+                layer.mask, magnitude, rate, self.sparsity_seed, self._step, index)
+            self._put_mask(layer, standing.view_as(layer.mask), (standing | grown).view_as(layer.mask), optimizer)
+
+    @staticmethod
+    def _put_mask(layer: ShiftwiseConv2d, standing: Tensor, mask: Tensor, optimizer: Optimizer) -> None:
+        """Set a mask; weights and the optimiser's memory of them stay where a group was left standing, else are zero."""
+        keep = standing.to(layer.weight.device)[:, :, None, None]
+        layer.mask.copy_(mask)
+        layer.weight.mul_(keep)
+        for value in optimizer.state.get(layer.weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+                value.mul_(keep)
+
+    def _set(self, phase: int, step: int) -> None:
+        self._phase, self._step = phase, step
+        self.phase.fill_(phase)
+        self.step.fill_(step)
+
+    def _shares(self) -> str:
+        return ', '.join(f'{100 * share:.1f} %' for share in self.sparsity_per_stage())
+
+    def extra_repr(self) -> str:
+        """What the schedule's own line in a printed model says."""
+        return (
+            f'sparsity={self.sparsity}, prune_rate={self.prune_rate}, prune_interval={self.prune_interval}, '
+            f'sparsity_init={self.sparsity_init!r}, sparsity_steps={self.sparsity_steps}, '
+            f'sparsity_seed={self.sparsity_seed}'
+        )
+
+
+def _log(message: str, *args) -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        _logger.info(message, *args)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
