@@ -1,0 +1,23 @@
+"""No unexplained skip: with CI set in the environment, a test may only be skipped for a reason listed here."""
+import os
+
+import pytest
+
+ALLOWED_SKIPS = (
+    'TIMM_SCRIPTS',  # timm's scripts come with a clone of timm, not with its wheel
+    'CUDA',  # the machine has no NVIDIA GPU
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in CI that skipped a test for another reason."""
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    if reporter is None or not os.environ.get('CI'):
+        return
+    reasons = {report.nodeid: str(report.longrepr) for report in reporter.stats.get('skipped', [])}
+    unexplained = [node for node, reason in reasons.items() if not any(word in reason for word in ALLOWED_SKIPS)]
+    if unexplained:
+        reporter.section('skips without an allowed reason', red=True)
+        reporter.write('\n'.join(unexplained) + '\n')
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
