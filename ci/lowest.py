@@ -2,8 +2,8 @@
 
     python ci/lowest.py [options of pytest]
 
-Makes an environment of its own in a temporary folder, of the Python that runs this script, and pins every requirement of
-the package to its lower bound. The requirements of the tests alone are left free.
+Makes an environment of its own in a temporary folder, of the Python that runs this script, and pins every requirement
+of the package to its lower bound. The requirements of the tests alone are left free.
 """
 import configparser
 import subprocess

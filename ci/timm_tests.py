@@ -2,8 +2,9 @@
 
     python ci/timm_tests.py [options of pytest]
 
-The test file is taken unchanged from the source distribution of the timm version that is installed. Its environment variable
-TORCH_BACKEND makes it import this package before it lists timm's models; a small pytest plugin keeps the tests of our models.
+The test file is taken unchanged from the source distribution of the timm version that is installed. Its environment
+variable TORCH_BACKEND makes it import this package before it lists timm's models; a small pytest plugin keeps the tests
+of our models.
 """
 import importlib.metadata
 import os
@@ -48,23 +49,18 @@ class OurModels:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Keep the tests whose parameter model_name is one of ours."""
         self.models = our_models()
-        keep, drop = [], []
-        for item in items:
-            (keep if self._is_ours(item) else drop).append(item)
-        items[:] = keep
-        config.hook.pytest_deselected(items=drop)
+        ours = [item for item in items if self._is_ours(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+        items[:] = ours
+        self.collected = Counter(item.originalname for item in ours if isinstance(item, pytest.Function))
 
     def _is_ours(self, item: pytest.Item) -> bool:
         if not isinstance(item, pytest.Function) or not hasattr(item, 'callspec'):
             return False
-        name = item.callspec.params.get('model_name')
-        test = item.originalname
-        if name is None or name.split('.')[0] not in self.models or test in NEEDS_TIMM_ORGANISATION:
+        name = str(item.callspec.params.get('model_name'))
+        if name.split('.')[0] not in self.models or item.originalname in NEEDS_TIMM_ORGANISATION:
             return False
-        if test in NEEDS_WEIGHTS and not has_packaged_weights(name):
-            return False
-        self.collected[test] += 1
-        return True
+        return item.originalname not in NEEDS_WEIGHTS or has_packaged_weights(name)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Remember skips."""
@@ -81,8 +77,8 @@ def our_models() -> set[str]:
 def has_packaged_weights(name: str) -> bool:
     """Whether the weights of a model are a file that the package carries."""
     import timm
-    file = timm.get_pretrained_cfg(name).file
-    return bool(file) and Path(file).is_file()
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and cfg.file is not None and Path(cfg.file).is_file()
 
 
 def fetch_tests(folder: Path) -> None:

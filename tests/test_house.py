@@ -114,5 +114,5 @@ def test_an_import_that_points_downwards_or_out_is_allowed(source):
 
 def test_what_is_printed_or_undescribed_is_seen():
     assert prints('def f():\n    print(1)') == [2]
-    assert undescribed('"""m"""\nclass A:\n    """a"""\n    def f(self): ...\n    def _g(self): ...\n') == ['module.A.f']
+    assert undescribed('"""m"""\nclass A:\n    """a"""\n    def f(self): ...\n    def _g(self): ...') == ['module.A.f']
     assert undescribed('def f(): ...') == ['module', 'module.f']
