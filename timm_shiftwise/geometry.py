@@ -1,13 +1,14 @@
 """Where the small convolutions of a shift-wise operator sit: groups, shifts and crops.
 
-Source: Shift-ConvNets (arXiv 2401.12736), Section 3.1, Eq. 1-3. A large depthwise kernel of size N x M (rows x columns) is
-cut into G = ceil(M / N) square pieces. Piece ``g`` runs as a small N x N convolution over the image padded by ``p`` on every
-side, and its output, the *map* ``y_g``, is read at a shifted place:
+Source: Shift-ConvNets (arXiv 2401.12736), Section 3.1, Eq. 1-3. A large depthwise kernel of size N x M (rows x columns)
+is cut into G = ceil(M / N) square pieces. Piece ``g`` runs as a small N x N convolution over the image padded by ``p``
+on every side, and its output, the *map* ``y_g``, is read at a shifted place:
 
     out[h, w] = sum_g y_g[h + E, w - s_g],   E = p - N // 2,   s_g = M // 2 - g * N - p
 
-with zero where the index falls outside of ``y_g``. The padding policy ``'full'`` (p = N - 1) keeps every window that touches
-the image, so the sum equals the large kernel exactly; ``'same'`` (p = N // 2) drops the windows whose centre lies outside.
+with zero where the index falls outside of ``y_g``. The padding policy ``'full'`` (p = N - 1) keeps every window that
+touches the image, so the sum equals the large kernel exactly; ``'same'`` (p = N // 2) drops the windows whose centre
+lies outside.
 
 Everything here is arithmetic on Python integers, written so that TorchScript can compile it too.
 """

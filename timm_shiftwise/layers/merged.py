@@ -72,6 +72,7 @@ class MergedShiftwiseConv2d(nn.Module):
         focus_length: M in pixels.
         kernel_size: N in pixels.
         operator: ``'sw'``, ``'p_sw'`` or ``'eq_slak'``, see :class:`ShiftwiseConv2d`.
+        num_paths: P of the operator this stands for; they are one here.
         num_shuffles: R.
         ghost_ratio: Share of channels that pass through.
         ghost_split: Rounding rule of that share.
@@ -105,6 +106,7 @@ class MergedShiftwiseConv2d(nn.Module):
             kernel_size: int = 5,
             *,
             operator: str = 'sw',
+            num_paths: int = 1,
             num_shuffles: int = 1,
             ghost_ratio: float = 0.,
             ghost_split: str = 'v1',

@@ -18,10 +18,10 @@ The networks have ConvNeXt's four stages (https://arxiv.org/abs/2201.03545). The
 
 No ImageNet weights of these networks are published in this layout yet; ``test_sw.digits`` was trained by this package.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.resources import files
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -45,9 +45,15 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_shiftwise.layers import LargeKernelConv2d, ShiftwiseConv2d
+from timm_shiftwise.layers import (
+    LargeKernelConv2d,
+    MergedLargeKernelConv2d,
+    MergedShiftwiseConv2d,
+    ShiftwiseConv2d,
+)
+from timm_shiftwise.sparsity import SparsitySchedule, keep_masks
 
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn, fitting, load_into_features, translate_within
 from .pretrained import explain_missing_weights, hub_id
 from .variants import SHIFTWISE
 
@@ -65,6 +71,7 @@ class ShiftwiseBlock(nn.Module):
         act_layer: Activation between the linear layers.
         norm_layer: Normalisation over channels of a [B, H, W, C] tensor, called with ``eps``.
         drop_path: Stochastic depth rate of the block.
+        reparameterized: Build the form for inference, without layer scale.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters.
     """
@@ -78,11 +85,14 @@ class ShiftwiseBlock(nn.Module):
             act_layer: str | Callable = 'gelu',
             norm_layer: Callable[..., nn.Module] = LayerNorm,
             drop_path: float = 0.,
+            reparameterized: bool = False,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        if reparameterized:
+            ls_init_value = None
         self.conv_dw = conv_layer(dim, **dd)
         self.norm = norm_layer(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), **dd)
@@ -100,6 +110,16 @@ class ShiftwiseBlock(nn.Module):
         if self.gamma is not None:
             x = x * self.gamma.reshape(1, -1, 1, 1)
         return self.drop_path(x) + shortcut
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold the layer scale into the second linear layer; ``timm.utils.reparameterize_model`` calls it."""
+        if self.gamma is not None:
+            fc2 = cast(nn.Linear, self.mlp.fc2)
+            fc2.weight.mul_(self.gamma[:, None])
+            fc2.bias.mul_(self.gamma)
+            self.gamma = None
 
 
 def patch_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
@@ -187,6 +207,17 @@ class ShiftwiseNet(nn.Module):
         ls_init_value: Initial layer scale; None for no layer scale.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
+        sparsity: Share of the small kernels to prune while training, 0 up to, not including, 1; 0 trains the dense
+            network, or one whose loaded masks stay. This and the next five: see
+            :class:`timm_shiftwise.sparsity.SparsitySchedule`.
+        prune_rate: Share of a layer's kept groups that the first update exchanges.
+        prune_interval: Optimiser steps between updates.
+        sparsity_init: ``'snip'`` or ``'uniform'``: how the kept groups are spread over the layers.
+        sparsity_steps: Length of the run in optimiser steps; the default is that of 300 epochs of ImageNet-1k in
+            batches of 4096.
+        sparsity_seed: Seed of the masks.
+        reparameterized: Build the form for inference, which the weights of a network that went through
+            ``timm.utils.reparameterize_model`` fit; it cannot be trained.
         backend: What computes the operator: ``'auto'``, ``'taichi'`` or ``'torch'``; None follows the environment
             variable ``TIMM_SHIFTWISE_BACKEND``.
         device: Device of parameters and buffers.
@@ -222,6 +253,13 @@ class ShiftwiseNet(nn.Module):
             ls_init_value: float | None = 1e-6,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            sparsity: float = 0.,
+            prune_rate: float = 0.5,
+            prune_interval: int = 2000,
+            sparsity_init: str = 'snip',
+            sparsity_steps: int = 93_600,
+            sparsity_seed: int = 0,
+            reparameterized: bool = False,
             backend: str | None = None,
             device=None,
             dtype=None,
@@ -233,11 +271,18 @@ class ShiftwiseNet(nn.Module):
                 'depths, dims and focus_lengths must have one entry for each stage, '
                 f'got {tuple(depths)}, {tuple(dims)} and {tuple(focus_lengths)}.')
         if operator == 'slak':
-            _refuse_for_slak(ghost_ratio=ghost_ratio, num_paths=num_paths, num_shuffles=num_shuffles, padding=padding)
-            conv_layer: Callable[..., nn.Module] = partial(LargeKernelConv2d, kernel_size=kernel_size)
+            _refuse_for_slak(
+                ghost_ratio=ghost_ratio,
+                num_paths=num_paths,
+                num_shuffles=num_shuffles,
+                padding=padding,
+                sparsity=sparsity,
+            )
+            conv_layer: Callable[..., nn.Module] = partial(
+                MergedLargeKernelConv2d if reparameterized else LargeKernelConv2d, kernel_size=kernel_size)
         else:
             conv_layer = partial(
-                ShiftwiseConv2d,
+                MergedShiftwiseConv2d if reparameterized else ShiftwiseConv2d,
                 kernel_size=kernel_size,
                 operator=operator,
                 ghost_ratio=ghost_ratio,
@@ -262,7 +307,7 @@ class ShiftwiseNet(nn.Module):
                 dim,
                 depth=depth,
                 conv_layer=partial(conv_layer, focus_length=focus_length),
-                block_layer=self.block_layer,
+                block_layer=partial(self.block_layer, reparameterized=reparameterized),
                 downsample_layer=self.downsample_layer if i > 0 else None,
                 drop_path_rates=drop_path_rates[i],
                 ls_init_value=ls_init_value,
@@ -279,7 +324,44 @@ class ShiftwiseNet(nn.Module):
             norm_layer=partial(LayerNorm2d, eps=1e-6),
             **dd,
         )
+        if operator == 'slak' or reparameterized:
+            self.sparsity: nn.Module = nn.Identity()
+        else:
+            self.sparsity = SparsitySchedule(
+                [[cast(ShiftwiseConv2d, block.conv_dw) for block in stage.blocks] for stage in stages],
+                sparsity,
+                prune_rate,
+                prune_interval,
+                sparsity_init,
+                sparsity_steps,
+                sparsity_seed,
+                device=device,
+            )
         named_apply(_init_weights, self)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Load a checkpoint of our own layout or the authors', see :func:`checkpoint_filter_fn`.
+
+        Nothing is copied unless everything fits.
+
+        Args:
+            state_dict: Weights, bare or under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
+            strict: Whether keys may neither be missing nor left over.
+            assign: Take the tensors themselves instead of copying.
+
+        Returns:
+            The missing and the left over keys, as PyTorch names them.
+
+        Raises:
+            CheckpointError: If the checkpoint does not fit; the message says the first few reasons and what would. It is a
+                ValueError and a RuntimeError.
+        """
+        return super().load_state_dict(fitting(state_dict, self, strict), strict, assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # what wraps the network, such as DistributedDataParallel, comes this way only
+        translate_within(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -393,7 +475,7 @@ class ShiftwiseNet(nn.Module):
 
 
 def _refuse_for_slak(**settings) -> None:
-    plain = dict(ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full')
+    plain = dict(ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full', sparsity=0.)
     for name, value in settings.items():
         if value != plain[name]:
             raise ValueError(f"operator 'slak' has no {name}: it must stay {plain[name]!r}, got {value!r}.")
@@ -404,6 +486,11 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
         trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _filter_pretrained(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    # whoever starts from published weights fine-tunes them: their masks stay
+    return keep_masks(checkpoint_filter_fn(state_dict, model), model)
 
 
 def create_shiftwise(
@@ -418,7 +505,7 @@ def create_shiftwise(
             model_cls,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=_filter_pretrained,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
             **kwargs,
         )

@@ -17,11 +17,14 @@ Weights of ``sw_v2_tiny.authors_in1k`` are the authors' own, translated.
 """
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from timm.layers import DropPath, GlobalResponseNormMlp, LayerNorm2d, SqueezeExcite, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from timm_shiftwise.layers.merged import fold_batch_norm
 
 from .pretrained import hub_id
 from .shiftwise import ShiftwiseNet, _cfg, create_shiftwise
@@ -44,6 +47,7 @@ class ShiftwiseBlockV2(nn.Module):
         act_layer: Activation between the linear layers.
         norm_layer: Normalisation of a [B, C, H, W] tensor.
         drop_path: Stochastic depth rate of the block.
+        reparameterized: Build the form for inference, without layer scale and the norm before it.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters.
     """
@@ -58,18 +62,21 @@ class ShiftwiseBlockV2(nn.Module):
             act_layer: str | Callable = 'gelu',
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             drop_path: float = 0.,
+            reparameterized: bool = False,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        if reparameterized:
+            ls_init_value = None
         self.conv_dw = conv_layer(dim, **dd)
         self.norm = norm_layer(dim, **dd)
         self.se = SqueezeExcite(dim, rd_channels=int(dim * se_ratio), **dd)
         # the bias of the second linear layer would vanish in the norm that follows
         self.mlp = GlobalResponseNormMlp(
-            dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), bias=(True, False), **dd)
-        self.norm_mlp = norm_layer(dim, **dd)
+            dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), bias=(True, reparameterized), **dd)
+        self.norm_mlp = nn.Identity() if reparameterized else norm_layer(dim, **dd)
         self.gamma = nn.Parameter(ls_init_value * torch.ones(dim, **dd)) if ls_init_value is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -86,6 +93,26 @@ class ShiftwiseBlockV2(nn.Module):
         if self.gamma is not None:
             x = x * self.gamma.reshape(1, -1, 1, 1)
         return self.drop_path(x) + shortcut
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold GRN's bias, the last norm and the layer scale into the second linear layer.
+
+        ``timm.utils.reparameterize_model`` calls it. Squeeze-excitation and the norm before it stay.
+        """
+        if isinstance(self.norm_mlp, nn.Identity):
+            return
+        fc2, grn = self.mlp.fc2, self.mlp.grn
+        scale, bias = fold_batch_norm(cast(nn.BatchNorm2d, self.norm_mlp))
+        bias = bias + scale * (fc2.weight.double() @ grn.bias.double())
+        if self.gamma is not None:
+            scale, bias = scale * self.gamma.double(), bias * self.gamma.double()
+        fc2.weight.copy_(fc2.weight.double() * scale[:, None])
+        fc2.bias = nn.Parameter(bias.to(fc2.weight.dtype))
+        grn.bias.zero_()
+        self.norm_mlp = nn.Identity()
+        self.gamma = None
 
 
 def overlapping_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:

@@ -6,7 +6,7 @@ _SMALL = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
 _BASE = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
 
 _FOCUS = dict(focus_lengths=(51, 49, 47, 13))
-_SW = dict(_FOCUS, kernel_size=5, operator='sw', ghost_ratio=0.23, num_paths=2, num_shuffles=4)
+_SW = dict(_FOCUS, kernel_size=5, operator='sw', ghost_ratio=0.23, num_paths=2, num_shuffles=4, sparsity=0.4)
 _SLAK = dict(_FOCUS, kernel_size=5, operator='slak')
 _EQ_SLAK = dict(_FOCUS, kernel_size=5, operator='eq_slak')
 _P_SW = dict(_FOCUS, kernel_size=5, operator='p_sw')
@@ -33,7 +33,7 @@ SHIFTWISE: dict[str, dict[str, Any]] = {
 }
 """Networks of ``shiftwise.py``."""
 
-_SW_V2 = dict(_SW, kernel_size=3)
+_SW_V2 = dict(_SW, kernel_size=3, sparsity=0.3, prune_rate=0.3, prune_interval=100)
 
 SHIFTWISE_V2: dict[str, dict[str, Any]] = {
     'sw_v2_tiny': dict(_SW_V2, depths=(3, 3, 18, 3), dims=(80, 160, 320, 640)),

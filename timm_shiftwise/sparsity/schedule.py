@@ -181,7 +181,7 @@ class SparsitySchedule(nn.Module):
 
     @staticmethod
     def _put_mask(layer: ShiftwiseConv2d, standing: Tensor, mask: Tensor, optimizer: Optimizer) -> None:
-        """Set a mask; weights and the optimiser's memory of them stay where a group was left standing, else are zero."""
+        """Set a mask; weights and what the optimiser knows of them stay where a group stands, else are zero."""
         keep = standing.to(layer.weight.device)[:, :, None, None]
         layer.mask.copy_(mask)
         layer.weight.mul_(keep)
@@ -204,6 +204,15 @@ class SparsitySchedule(nn.Module):
             f'sparsity_init={self.sparsity_init!r}, sparsity_steps={self.sparsity_steps}, '
             f'sparsity_seed={self.sparsity_seed}'
         )
+
+
+def keep_masks(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict that makes the model keep the masks it loads, whatever is trained afterwards."""
+    phases = {
+        f'{name}.phase': torch.tensor(FIXED) for name, module in model.named_modules()
+        if isinstance(module, SparsitySchedule)
+    }
+    return {**state_dict, **phases}
 
 
 def _log(message: str, *args) -> None:

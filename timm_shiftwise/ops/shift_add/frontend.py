@@ -1,7 +1,7 @@
 """Front of the shift-add: checks what comes in, chooses a backend, and makes the operator known to PyTorch.
 
-``torch.ops.timm_shiftwise.shift_add`` and ``torch.ops.timm_shiftwise.shift_add_backward`` are each other's gradient (the
-operator is linear), so derivatives of any order exist on every backend.
+``torch.ops.timm_shiftwise.shift_add`` and ``torch.ops.timm_shiftwise.shift_add_backward`` are each other's gradient
+(the operator is linear), so derivatives of any order exist on every backend.
 """
 import torch
 from torch import Tensor
@@ -66,14 +66,15 @@ def _check_maps(y: Tensor, horizontal: Tensor, kernel_size: int, padding: str) -
     if y.ndim != 4:
         raise ValueError(f'y must have the shape [B, C * K, map(H), map(W)], got {tuple(y.shape)}.')
     if horizontal.ndim != 3 or horizontal.shape[1] < 1:
-        raise ValueError(f'horizontal must have the shape [R, C, G] with C of at least 1, got {tuple(horizontal.shape)}.')
+        raise ValueError(
+            f'horizontal must have the shape [R, C, G] with C of at least 1, got {tuple(horizontal.shape)}.')
     if y.shape[1] % horizontal.shape[1] or y.shape[1] < 1:
         raise ValueError(f'y must have a multiple of C = {horizontal.shape[1]} channels, got {y.shape[1]}.')
     smallest = map_size(1, kernel_size, padding)
     if y.shape[2] < smallest or y.shape[3] < smallest:
         raise ValueError(
-            f'maps of a {kernel_size} x {kernel_size} kernel with {padding!r} padding have at least {smallest} rows and '
-            f'columns, got {tuple(y.shape[2:])}.')
+            f'maps of a {kernel_size} x {kernel_size} kernel with {padding!r} padding have at least {smallest} rows '
+            f'and columns, got {tuple(y.shape[2:])}.')
 
 
 def _check_tables(

@@ -70,7 +70,7 @@ def shift_add_backward_torch(
         kernel_size: int,
         padding: str,
 ) -> Tensor:
-    """The adjoint of :func:`shift_add_torch`, which is linear: every read becomes an addition at the place it was read from.
+    """The adjoint of :func:`shift_add_torch`, which is linear: every read becomes an addition at the place read from.
 
     Args:
         grad_h: Gradient of the horizontal branch, [B, C, H, W].
