@@ -1,6 +1,6 @@
 """Networks, their entrypoints in timm's registry, and the reading of checkpoints."""
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import CheckpointError, checkpoint_filter_fn, describe_checkpoint
 from .shiftwise import ShiftwiseNet
 from .shiftwise_v2 import ShiftwiseNetV2
 
-__all__ = ['ShiftwiseNet', 'ShiftwiseNetV2', 'checkpoint_filter_fn']
+__all__ = ['CheckpointError', 'ShiftwiseNet', 'ShiftwiseNetV2', 'checkpoint_filter_fn', 'describe_checkpoint']

@@ -1,141 +1,251 @@
-"""Reading checkpoints: our own layout passes through, the authors' is translated, and what does not fit is refused.
+"""Loading checkpoints: our own layout passes through, the authors' is translated, and what does not fit is refused.
 
-The layout of SLaK's and the Shift-ConvNets authors' checkpoints: ``downsample_layers.0`` is the stem, ``stages.i.j`` the blocks,
-``large_kernel`` the operator with ``LoRA1`` (tall), ``LoRA2`` (wide) and ``small_conv``, or with ``LoRAs.p`` (paths) and
-``bn_lora1`` (horizontal), ``bn_lora2`` (vertical) and ``bn_small`` (identity).
+Everything is checked before anything is copied, so a checkpoint that is refused leaves the model as it was.
 """
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.layers import ShiftwiseConv2d
+from timm_shiftwise.layers.wiring import separate_wiring, shuffled_wiring, split_ghost
+from timm_shiftwise.sparsity import keep_masks
 
-_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
-_PREFIXES = ('module.', '_orig_mod.')
+from .description import describe_checkpoint
+from .layouts import MERGED_PATHS, CheckpointError, is_authors_layout, kept_groups, translate_authors_layout, unwrap
+
+__all__ = ['CheckpointError', 'checkpoint_filter_fn', 'describe_checkpoint']
+
 _CLASSIFIER = 'head.fc.'
 _FIRST_CONV = 'stem.0.weight'
+_COUNTER = '.num_batches_tracked'
+_TABLES = ('horizontal', 'vertical', 'identity')
+_UNWRAPPED = ('stages.', 'head.', 'sparsity.')  # of which a wrapper for features may have no part
 _MAX_LISTED = 5
-
-# what the authors call it -> what we call it; the first pattern that matches a key is used
-_RENAMED = [
-    (r'^downsample_layers\.0\.(\d+)\.', r'stem.\1.'),
-    (r'^downsample_layers\.(\d+)\.(\d+)\.', r'stages.\1.downsample.\2.'),
-    (r'^norm\.', 'head.norm.'),
-    (r'^head\.(weight|bias)$', r'head.fc.\1'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.LoRA1\.conv\.', r'\1.blocks.\2.conv_dw.conv_v.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.LoRA1\.bn\.', r'\1.blocks.\2.conv_dw.norm_v.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.LoRA2\.conv\.', r'\1.blocks.\2.conv_dw.conv_h.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.LoRA2\.bn\.', r'\1.blocks.\2.conv_dw.norm_h.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.small_conv\.conv\.', r'\1.blocks.\2.conv_dw.conv_i.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.small_conv\.bn\.', r'\1.blocks.\2.conv_dw.norm_i.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.bn_lora1\.', r'\1.blocks.\2.conv_dw.norm_h.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.bn_lora2\.', r'\1.blocks.\2.conv_dw.norm_v.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.bn_small\.', r'\1.blocks.\2.conv_dw.norm_i.'),
-    (r'^(stages\.\d+)\.(\d+)\.large_kernel\.LoRAs\.', r'\1.blocks.\2.conv_dw.paths.'),
-    (r'^(stages\.\d+)\.(\d+)\.pwconv1\.', r'\1.blocks.\2.mlp.fc1.'),
-    (r'^(stages\.\d+)\.(\d+)\.pwconv2\.', r'\1.blocks.\2.mlp.fc2.'),
-    (r'^(stages\.\d+)\.(\d+)\.(gamma|norm)', r'\1.blocks.\2.\3'),
-]
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Translate a checkpoint to the model's own layout.
 
-    Takes our own checkpoints (unchanged), SLaK's (into ``slak_*``, and cut into small kernels for ``eq_slak_*``) and the
-    Shift-ConvNets authors' v1 (into ``sw_*``; the wiring is the model's, groups that are exactly zero on all paths are
-    pruned ones).
+    Takes our own checkpoints (unchanged), SLaK's (into ``slak_*``, and cut into small kernels for ``eq_slak_*``) and
+    the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``). These hold no wiring, which follows from
+    its seed; groups that are exactly zero on all paths are pruned ones, and training on leaves them pruned. Where the
+    authors merged the paths, the first path gets the kernels and the others zeros.
 
     Args:
         state_dict: A state dict, bare or under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
         model: The model that the weights are for.
 
     Returns:
-        A state dict for ``model.load_state_dict``. The classifier and the first convolution's input channels are left as
-        they are: timm adapts both.
+        A state dict for ``model.load_state_dict``. The classifier and the first convolution's input channels are left
+        as they are: timm adapts both.
 
     Raises:
-        ValueError: If keys are missing or left over, or a shape differs; the message names the first few, and the arguments
-            of ``timm.create_model`` that would fit.
+        CheckpointError: If keys are missing or left over, a shape differs, or a table holds what is no index; the
+            message names the first few, and the call of ``timm.create_model`` that would fit. It is a ValueError.
     """
-    state = _unwrapped(state_dict)
-    if any(key.startswith('downsample_layers.') for key in state):
-        state = _translated(state, model)
-    if any(key.endswith('.conv_dw.conv_h.weight') for key in state):
-        operators = {
-            name: module for name, module in model.named_modules()
-            if isinstance(module, ShiftwiseConv2d) and module.operator == 'eq_slak'
-        }
-        if operators:
-            _check_same_network(state, model)
-            state = _cut_large_kernels(state, operators)
-    _check_fit(state, model)
+    raw, own = unwrap(state_dict), model.state_dict()
+    state, problems = _in_own_layout(raw, model, own)
+    problems += [
+        problem for key, problem in _misfits(state, own, adapted=(_FIRST_CONV,)) if not key.startswith(_CLASSIFIER)]
+    _refuse(problems, raw, own)
     return state
 
 
-def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    state = {}
-    for key, value in state_dict.items():
-        while key.startswith(_PREFIXES):
-            key = key.split('.', 1)[1]
-        state[key] = value
-    return state
+def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Mapping[str, Any]:
+    """What a network can load without an error: the checkpoint itself if it is in the network's layout.
+
+    Args:
+        state_dict: A state dict in our layout or the authors'.
+        model: The network.
+        strict: Whether keys may neither be missing nor left over. In a translated checkpoint only the classifier's may.
+
+    Returns:
+        A state dict in the network's layout.
+
+    Raises:
+        CheckpointError: As :func:`checkpoint_filter_fn`, input channels and, if ``strict``, the classifier included.
+    """
+    raw, own = unwrap(state_dict), model.state_dict()
+    state, problems = _in_own_layout(raw, model, own)
+    problems += [
+        problem for key, problem in _misfits(state, own)
+        if strict or (key in state and key in own) or (state is not raw and not key.startswith(_CLASSIFIER))
+    ]
+    _refuse(problems, raw, own)
+    counters = {key: value for key, value in own.items() if key.endswith(_COUNTER) and key not in state}
+    if counters and strict:
+        return {**state, **counters}
+    return state_dict if state.keys() == state_dict.keys() and state is raw else state
 
 
-def _translated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the authors' keys, gather the paths, and add the buffers that their checkpoints do not hold."""
-    out: dict[str, Tensor] = {}
-    paths: dict[str, dict[int, Tensor]] = {}
-    for key, value in state.items():
-        for pattern, replacement in _RENAMED:
-            new, count = re.subn(pattern, replacement, key)
-            if count:
-                break
-        else:
-            new = key
-        path = re.fullmatch(r'(.*\.conv_dw)\.paths\.(\d+)\.weight', new)
-        if path:
-            paths.setdefault(path[1], {})[int(path[2])] = value
-        else:
-            out[new] = value
-    for name, weights in paths.items():
-        channels = out[f'{name}.norm_h.weight'].shape[0]
-        stacked = torch.stack([weights[p] for p in sorted(weights)])  # [P, C * G, 1, N, N]
-        weight = stacked.squeeze(2).unflatten(1, (channels, -1))  # [P, C, G, N, N]
-        out[f'{name}.weight'] = weight
-        out[f'{name}.mask'] = (weight != 0).any(dim=-1).any(dim=-1).any(dim=0)
-    for name, module in model.named_modules():
-        if isinstance(module, ShiftwiseConv2d):
-            for buffer, value in module.named_buffers(recurse=False):
-                out.setdefault(f'{name}.{buffer}', value)
-    return out
+def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) -> None:
+    """Translate, in place, the part of a wrapper's state dict that is a network's, if it is in the authors' layout.
+
+    Args:
+        state_dict: State dict of a module that holds the network, such as DistributedDataParallel.
+        prefix: What the network's keys begin with.
+        model: The network.
+
+    Raises:
+        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included.
+    """
+    raw = _below(state_dict, prefix)
+    if not is_authors_layout(raw):
+        return
+    own = model.state_dict()
+    state, problems = _in_own_layout(raw, model, own)
+    problems += [problem for key, problem in _misfits(state, own) if not key.startswith(_CLASSIFIER)]
+    _refuse(problems, raw, own)
+    for key in raw:
+        del state_dict[prefix + key]
+    state_dict.update((prefix + key, value) for key, value in state.items())
 
 
-def _cut_large_kernels(state: dict[str, Tensor], operators: dict[str, ShiftwiseConv2d]) -> dict[str, Tensor]:
-    """Cut every wide and tall kernel into G square pieces (Shift-ConvNets, Eq. 1-3), zero past the focus length."""
-    out = dict(state)
+def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args) -> None:
+    """Hook before a load: lets timm's ``features_only`` wrapper take a checkpoint of the whole network.
+
+    The wrapper holds the network's parts under names of its own; the head and later stages are left out.
+
+    Args:
+        module: The wrapper.
+        state_dict: What is loaded; changed in place.
+        prefix: What the wrapper's keys begin with.
+        args: The hook's further arguments, of no use here.
+
+    Raises:
+        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included.
+    """
+    raw = _below(state_dict, prefix)
+    wrapped = module.state_dict()
+    if not wrapped.keys().isdisjoint(raw):
+        return
+    names = {_network_name(key): key for key in wrapped}
+    own = {name: wrapped[key] for name, key in names.items()}
+    state, problems = _in_own_layout(raw, module, own)
+    parts = {_part(name) for name in names}
+    state = {
+        key: value for key, value in state.items()
+        if _part(key) in parts or not key.startswith(_UNWRAPPED)
+    }
+    problems += [problem for _, problem in _misfits(state, own)]
+    _refuse(problems, raw, own)
+    for key in raw:
+        del state_dict[prefix + key]
+    state_dict.update((prefix + names[key], value) for key, value in state.items())
+
+
+def _below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _network_name(name: str) -> str:
+    """A name in the network of what a ``features_only`` wrapper, or the network itself, calls by the name given."""
+    return re.sub(r'^(?:model\.|body\.)?(?:(stem|stages)_(?=\d))?', lambda m: f'{m[1]}.' if m[1] else '', name)
+
+
+def _part(key: str) -> str:
+    """The part of the network, as wrappers take them, that a key belongs to: ``stages.0`` for all of that stage."""
+    return '.'.join(key.split('.')[:2])
+
+
+def _in_own_layout(
+        raw: dict[str, Tensor],
+        model: nn.Module,
+        own: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Translate to the layout of a network, and add what another layout does not hold.
+
+    Args:
+        raw: Unwrapped weights.
+        model: The network, or a ``features_only`` wrapper.
+        own: The network's own state, by its names.
+
+    Returns:
+        The state, ``raw`` itself if it is in our layout, and what is wrong with kernels that had to be cut.
+    """
+    operators = {
+        _network_name(name): module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
+    if is_authors_layout(raw):
+        state = translate_authors_layout(raw)
+    elif any(f'{name}.conv_h.weight' in raw for name, operator in operators.items() if operator.operator == 'eq_slak'):
+        state = dict(raw)
+    else:
+        return raw, []
+    problems = []
     for name, operator in operators.items():
-        size = operator.kernel_size
-        wide = out.pop(f'{name}.conv_h.weight').squeeze(1)  # [C, N, M]
-        tall = out.pop(f'{name}.conv_v.weight').squeeze(1)  # [C, M, N]
-        square = out.pop(f'{name}.conv_i.weight')  # [C, 1, N, N]
-        pieces = torch.cat([
-            _cut_columns(wide, size),
-            _cut_columns(tall.transpose(1, 2), size).transpose(2, 3),
-            square,
-        ], dim=1)
-        out[f'{name}.weight'] = pieces.unsqueeze(0)  # [1, C, 2 * G + 1, N, N]
-        for buffer, value in operator.named_buffers(recurse=False):
-            out.setdefault(f'{name}.{buffer}', value)
-    return out
+        merged = state.pop(f'{name}.{MERGED_PATHS}', None)
+        if merged is not None:
+            state[f'{name}.weight'] = _on_first_path(merged, operator)
+        elif operator.operator == 'eq_slak' and f'{name}.weight' not in state:
+            problems += _cut_large_kernels(state, name, operator)
+        state.update((f'{name}.{key}', table) for key, table in _released_tables(operator).items())
+    # what else there is keeps its value
+    kept = {
+        _network_name(f'{name}.{key}' if name else key)
+        for name, module in model.named_modules() if not isinstance(module, _NormBase)
+        for key, _ in module.named_buffers(recurse=False)
+    }
+    for key, value in own.items():
+        if key in kept or key.endswith(_COUNTER):
+            state.setdefault(key, value)
+    return keep_masks(state, model), problems
+
+
+def _released_tables(operator: ShiftwiseConv2d) -> dict[str, Tensor]:
+    """Index tables that follow from the released seed, and the geometry they are for."""
+    dim = len(operator.kept) + operator.num_ghost
+    kept, ghost = split_ghost(dim, operator.ghost_ratio, operator.ghost_split)
+    size = len(kept), operator.focus_length, operator.kernel_size
+    if operator.operator == 'eq_slak':
+        wiring = separate_wiring(*size)
+    else:
+        wiring = shuffled_wiring(*size, operator.horizontal.shape[0], natural_horizontal=operator.operator == 'p_sw')
+    return dict(
+        kept=kept, ghost=ghost, horizontal=wiring.horizontal, vertical=wiring.vertical, identity=wiring.identity)
+
+
+def _on_first_path(weight: Tensor, operator: ShiftwiseConv2d) -> Tensor:
+    """Merged kernels [1, C, G, N, N] as one of P paths whose others are zero."""
+    return F.pad(weight, (0, 0) * 4 + (0, operator.weight.shape[0] - 1))
+
+
+def _cut_large_kernels(state: dict[str, Tensor], name: str, operator: ShiftwiseConv2d) -> list[str]:
+    """Cut a wide and a tall kernel into G square pieces each (Shift-ConvNets, Eq. 1-3), zero past the focus length.
+
+    Args:
+        state: Weights of a SLaK network, in our layout; changed in place.
+        name: The operator's name.
+        operator: The operator that stands for the kernels.
+
+    Returns:
+        What is wrong with the kernels; if anything is, the operator's own weight stands in.
+    """
+    length, size, channels = operator.focus_length, operator.kernel_size, len(operator.kept)
+    sides = {'conv_h': (size, length), 'conv_v': (length, size), 'conv_i': (size, size)}
+    kernels, problems = [], []
+    for conv, (rows, columns) in sides.items():
+        key, wanted = f'{name}.{conv}.weight', (channels, 1, rows, columns)
+        kernel = state.pop(key, None)
+        if kernel is None:
+            problems.append(f'{key} is missing')
+        elif tuple(kernel.shape) != wanted:
+            problems.append(f'{key} has the shape {tuple(kernel.shape)}, the model stands for {wanted}')
+        else:
+            kernels.append(kernel.squeeze(1))
+    if problems:
+        state[f'{name}.weight'] = operator.weight.detach()
+        return problems
+    wide, tall, square = kernels
+    pieces = torch.cat([_cut_columns(wide, size), _cut_columns(tall.mT, size).mT, square[:, None]], dim=1)[None]
+    state[f'{name}.weight'] = _on_first_path(pieces, operator)  # [P, C, 2 * G + 1, N, N]
+    state[f'{name}.mask'] = kept_groups(pieces)
+    return []
 
 
 def _cut_columns(kernel: Tensor, size: int) -> Tensor:
@@ -145,92 +255,87 @@ def _cut_columns(kernel: Tensor, size: int) -> Tensor:
     return kernel.unflatten(2, (groups, size)).transpose(1, 2)
 
 
-def _check_fit(state: dict[str, Tensor], model: nn.Module) -> None:
-    own = model.state_dict()
-    problems = []
-    for key, value in own.items():
-        if key.startswith(_CLASSIFIER) or key.endswith('num_batches_tracked'):
-            continue
+def _misfits(
+        state: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        adapted: Iterable[str] = (),
+) -> list[tuple[str, str]]:
+    """Keys that do not fit, each with what is wrong: first those the model has, in its order, then those left over.
+
+    Args:
+        state: Weights with the model's names.
+        own: The model's own.
+        adapted: Keys of weights whose second axis may differ.
+    """
+    found = []
+    for key, wanted in own.items():
         if key not in state:
-            problems.append(f'{key} is missing')
-        else:
-            skip = 2 if key == _FIRST_CONV else 0
-            seen, wanted = list(state[key].shape), list(value.shape)
-            if seen[:1] + seen[skip:] != wanted[:1] + wanted[skip:]:
-                problems.append(f'{key} has the shape {tuple(seen)}, the model {tuple(wanted)}')
-    problems += [
-        f'{key} is left over' for key in state
-        if key not in own and not key.startswith(_CLASSIFIER) and not key.endswith('num_batches_tracked')
-    ]
-    if problems:
-        _refuse(problems, state, own)
+            if not key.endswith(_COUNTER):  # BatchNorm starts a counter of its own
+                found.append((key, f'{key} is missing'))
+            continue
+        seen, model = tuple(state[key].shape), tuple(wanted.shape)
+        if key in adapted and len(seen) == len(model):
+            seen, model = (seen[0], *seen[2:]), (model[0], *model[2:])
+        if seen != model:
+            found.append((key, f'{key} has the shape {tuple(state[key].shape)}, the model {tuple(wanted.shape)}'))
+        elif not state[key].is_meta:
+            problem = _wrong_values(key, state, own)
+            if problem:
+                found.append((key, problem))
+    return found + [(key, f'{key} is left over') for key in state if key not in own and not key.endswith(_COUNTER)]
 
 
-def _check_same_network(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Compare a SLaK state, before it is cut, with what an ``eq_slak_*`` model stands for."""
-    operators = [m for m in model.modules() if isinstance(m, ShiftwiseConv2d)]
-    names = [key for key in state if key.endswith('.conv_dw.conv_h.weight')]
-    problems = [f'{len(names)} large kernels, the model {len(operators)} operators'] * (len(names) != len(operators))
-    for name, operator in zip(names, operators, strict=False):
-        wanted = (len(operator.kept), 1, operator.kernel_size, operator.focus_length)
-        if tuple(state[name].shape) != wanted:
-            problems.append(f'{name} has the shape {tuple(state[name].shape)}, the model stands for {wanted}')
-    if problems:
-        _refuse(problems, state, model.state_dict(), tuple(o.focus_length for o in operators))
+def _wrong_values(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What is wrong with the values of a table of an operator; empty if nothing. Kernels read memory by these."""
+    name, _, buffer = key.rpartition('.')
+    if not name.endswith('.conv_dw'):
+        return ''
+    value = state[key]
+    if buffer == 'geometry' and not own[key].is_meta and value.tolist() != own[key].tolist():
+        return (
+            f'{key}: the checkpoint was made for (focus length, kernel size, padding) {tuple(value.tolist())}, '
+            f'the model is {tuple(own[key].tolist())}')
+    if buffer in _TABLES:
+        maps = own[f'{name}.weight'].shape[-3]
+        if value.is_floating_point() or value.min() < 0 or value.max() >= maps:
+            return f'{key} must hold integers of 0 to {maps - 1}, it has {value.min().item()} to {value.max().item()}'
+    if buffer == 'kept' and f'{name}.ghost' in state:
+        both = torch.cat([value, state[f'{name}.ghost']]).sort().values.tolist()
+        if both != list(range(len(both))):
+            return f'{key} and {name}.ghost do not name every channel once'
+    return ''
 
 
-def _refuse(
-        problems: list[str],
-        state: dict[str, Tensor],
-        own: dict[str, Tensor],
-        focus_lengths: tuple[int, ...] = (),
-) -> None:
+def _refuse(problems: list[str], raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    if not problems:
+        return
     listed = '\n  '.join(problems[:_MAX_LISTED])
     more = f'\n  and {len(problems) - _MAX_LISTED} more' if len(problems) > _MAX_LISTED else ''
-    seen, wanted = _describe(state), _describe(own)
-    hints = [
-        f'{name}={value!r} (the model has {wanted[name]!r})'
-        for name, value in seen.items() if name in wanted and value != wanted[name]
-    ]
-    if focus_lengths and 'focus_lengths' in seen:
-        hints.append(f'focus_lengths={seen["focus_lengths"]!r}')
-    advice = f'\nArguments of timm.create_model that the checkpoint asks for: {"; ".join(hints)}.' if hints else ''
-    raise ValueError(f'The checkpoint does not fit the model:\n  {listed}{more}{advice}')
+    raise CheckpointError(f'The checkpoint does not fit the model:\n  {listed}{more}{_advice(raw, own)}')
 
 
-def _describe(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of a network that its state's keys and shapes tell."""
-    depths: dict[int, int] = {}
-    for key in state:
-        block = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key)
-        if block:
-            depths[int(block[1])] = max(depths.get(int(block[1]), 0), int(block[2]) + 1)
-    first = [f'stages.{i}.blocks.0' for i in sorted(depths)]
-    found: dict[str, Any] = {'depths': tuple(depths[i] for i in sorted(depths))}
-
-    def shapes(suffix: str, axis: int) -> tuple[int, ...] | None:
-        if all(name + suffix in state for name in first):
-            return tuple(state[name + suffix].shape[axis] for name in first)
-        return None
-
-    for argument, suffix, axis in (
-            ('dims', '.norm.weight', 0),
-            ('focus_lengths', '.conv_dw.conv_h.weight', -1),
-            ('groups of each stage', '.conv_dw.horizontal', -1),
-    ):
-        values = shapes(suffix, axis)
-        if values is not None:
-            found[argument] = values
-    for argument, suffix, axis in (
-            ('kernel_size', '.conv_dw.weight', -1),
-            ('kernel_size', '.conv_dw.conv_i.weight', -1),
-            ('num_paths', '.conv_dw.weight', 0),
-            ('num_shuffles', '.conv_dw.horizontal', 0),
-    ):
-        values = shapes(suffix, axis)
-        if values:
-            found[argument] = values[0]
-    if 'dims' in found and shapes('.conv_dw.norm_h.weight', 0):
-        worked = shapes('.conv_dw.norm_h.weight', 0) or ()
-        found['ghost_ratio'] = round(1 - worked[0] / found['dims'][0], 2)
-    return found
+def _advice(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The call of ``timm.create_model`` whose network a checkpoint is for, if it is another than the model's."""
+    try:
+        wanted, seen = describe_checkpoint(own), describe_checkpoint(raw)
+    except CheckpointError:
+        return ''
+    model, args = seen['model'], dict(seen['model_args'])
+    if (seen['family'], wanted['family']) == ('slak', 'eq_slak'):
+        model = f'eq_{model}'
+    # what the checkpoint leaves open stays as the model has it
+    untold = {*seen['assumed'], *seen['unknown']}
+    if any(key.endswith('.large_kernel.LoRA.weight') for key in raw):
+        untold.add('num_paths')
+    for name in untold:
+        if name != 'focus_lengths' or seen['groups'] == wanted['groups']:
+            args.pop(name, None)
+            args.update((key, value) for key, value in wanted['model_args'].items() if key == name)
+            untold = untold - {name}
+    if (model, args) == (wanted['model'], wanted['model_args']):
+        return ''
+    call = ', '.join([repr(model), *(f'{name}={value!r}' for name, value in args.items())])
+    open_lengths = ''
+    if 'focus_lengths' in seen['unknown'] and 'focus_lengths' in untold:
+        open_lengths = f' and focus_lengths that make {seen["groups"]} groups of its kernels'
+    return f'\nIts keys and shapes are those of timm.create_model({call}){open_lengths}.'

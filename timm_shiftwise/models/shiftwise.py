@@ -353,8 +353,8 @@ class ShiftwiseNet(nn.Module):
             The missing and the left over keys, as PyTorch names them.
 
         Raises:
-            CheckpointError: If the checkpoint does not fit; the message says the first few reasons and what would. It is a
-                ValueError and a RuntimeError.
+            CheckpointError: If the checkpoint does not fit; the message says the first few reasons and what would. It
+                is a ValueError and a RuntimeError.
         """
         return super().load_state_dict(fitting(state_dict, self, strict), strict, assign)
 
@@ -501,7 +501,7 @@ def create_shiftwise(
 ) -> ShiftwiseNet:
     """Build a registered network through timm, with its weights if asked for."""
     with explain_missing_weights(variant, pretrained, kwargs):
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,
@@ -509,6 +509,9 @@ def create_shiftwise(
             feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
             **kwargs,
         )
+    if kwargs.get('features_only'):
+        model.register_load_state_dict_pre_hook(load_into_features)
+    return model
 
 
 def _create_shiftwise(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
