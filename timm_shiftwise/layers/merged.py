@@ -158,6 +158,8 @@ class MergedShiftwiseConv2d(nn.Module):
         self.tall, self.wide = tall.contiguous(), wide.contiguous()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        geometry = (self.focus_length, self.kernel_size, small_padding(self.kernel_size, self.padding))
+        refuse_other_geometry(state_dict, prefix, geometry, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.assemble()
 
@@ -212,6 +214,20 @@ def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     mean, variance = norm.get_buffer('running_mean').double(), norm.get_buffer('running_var').double()
     scale = norm.weight.detach().double() / (variance + norm.eps).sqrt()
     return scale, norm.bias.detach().double() - mean * scale
+
+
+def refuse_other_geometry(
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        geometry: tuple[int, int, int],
+        errors: list[str],
+) -> None:
+    """Add an error to a loading's list if the kernels were made for another (M, N, p); shapes alone do not tell M."""
+    held = state_dict.get(prefix + 'geometry')
+    if held is not None and not held.is_meta and tuple(held.tolist()) != geometry:
+        errors.append(
+            f'{prefix}geometry: the checkpoint was made for (focus length, kernel size, padding) {tuple(held.tolist())}, '
+            f'the layer is {geometry}.')
 
 
 def refuse_training(training: bool) -> None:

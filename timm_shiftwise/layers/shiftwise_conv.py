@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_shiftwise.geometry import check_geometry, small_padding
 from timm_shiftwise.ops import shiftwise_conv2d
 
-from .merged import MergedShiftwiseConv2d, fold_batch_norm
+from .merged import MergedShiftwiseConv2d, fold_batch_norm, refuse_other_geometry
 from .wiring import separate_wiring, shuffled_wiring, split_ghost
 
 # fx sees one node; what is inside chooses by device and backend
@@ -119,13 +119,8 @@ class ShiftwiseConv2d(nn.Module):
         return self.focus_length, self.kernel_size, small_padding(self.kernel_size, self.padding)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        refuse_other_geometry(state_dict, prefix, self._geometry(), args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        seen = state_dict.get(prefix + 'geometry')
-        if seen is not None and seen.device.type != 'meta' and tuple(seen.tolist()) != self._geometry():
-            *_, error_msgs = args
-            error_msgs.append(
-                f'{prefix}geometry: the checkpoint was made for (focus length, kernel size, padding) '
-                f'{tuple(seen.tolist())}, the layer is {self._geometry()}.')
 
     def reset_parameters(self) -> None:
         """Draw the small kernels anew: truncated normal, standard deviation 0.02."""

@@ -1,0 +1,118 @@
+"""Operators and networks in their form for inference give what they gave before."""
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+
+from timm_shiftwise.layers import LargeKernelConv2d, MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.models.variants import SHIFTWISE, SHIFTWISE_V2
+
+SMALL = dict(dims=(12, 16, 24, 32), depths=(1, 1, 2, 1), num_classes=7)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def randomise(module: torch.nn.Module) -> torch.nn.Module:
+    """Random weights, BatchNorm statistics and masks, of a size that keeps outputs near one."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith('running_var'):
+            tensor.data.uniform_(0.5, 2.)
+        elif name.endswith('mask'):
+            tensor.copy_(torch.rand(tensor.shape) > 0.5)
+        elif tensor.is_floating_point():
+            tensor.data.normal_(std=0.3)
+    return module.eval()
+
+
+def relative_error(seen: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((seen - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
+
+
+@pytest.mark.parametrize('focus_length, kernel_size', [(51, 5), (13, 5), (7, 3), (4, 2), (3, 5), (6, 4), (1, 1)])
+@pytest.mark.parametrize('padding', ['full', 'same'])
+@pytest.mark.parametrize('operator, shuffles', [('sw', 4), ('sw', 1), ('p_sw', 1), ('eq_slak', 1)])
+def test_a_merged_operator_gives_the_same(operator, shuffles, padding, focus_length, kernel_size, backend):
+    torch.manual_seed(0)
+    layer = randomise(ShiftwiseConv2d(
+        9, focus_length, kernel_size, operator=operator, num_paths=3, num_shuffles=shuffles, ghost_ratio=0.3,
+        padding=padding, backend=backend, dtype=torch.float64))
+    x = torch.randn(2, 9, 8, 5, dtype=torch.float64)
+    merged = layer.fuse()
+    with torch.no_grad():
+        assert relative_error(merged(x), layer(x)) < 1e-10
+
+
+@pytest.mark.parametrize('focus_length, kernel_size', [(51, 5), (7, 3), (4, 2), (3, 5), (5, 4)])
+def test_a_merged_large_kernel_gives_the_same(focus_length, kernel_size):
+    torch.manual_seed(0)
+    layer = randomise(LargeKernelConv2d(6, focus_length, kernel_size, dtype=torch.float64))
+    x = torch.randn(2, 6, 8, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(layer.fuse()(x), layer(x)) < 1e-10
+
+
+def test_a_layer_of_pruned_groups_merges_to_its_skip_and_bias():
+    layer = randomise(ShiftwiseConv2d(4, 9, 3, num_shuffles=2, backend='torch', dtype=torch.float64))
+    layer.mask.fill_(False)
+    merged = layer.fuse()
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), x + merged.bias[:, None, None])
+        torch.testing.assert_close(merged(x), layer(x))
+    assert merged.tall.shape == merged.wide.shape == (4, 1, 1)
+
+
+def test_columns_that_no_kept_group_touches_are_left_out():
+    layer = randomise(ShiftwiseConv2d(4, 15, 3, operator='eq_slak', backend='torch'))
+    layer.mask.fill_(False)
+    layer.mask[:, 2] = True  # the wide kernel's middle piece
+    assert layer.fuse().wide.shape == (4, 3, 3)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('name', [*SHIFTWISE, *SHIFTWISE_V2])
+def test_every_network_merges_completely_and_reloads(name, dtype, tmp_path):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, dtype=dtype, **SMALL))
+    x = torch.randn(2, 3, 64, 96, dtype=dtype)
+    merged = reparameterize_model(model)
+    with torch.no_grad():
+        wanted, seen = model(x), merged(x)
+        assert relative_error(seen, wanted) < TOLERANCE[dtype]
+        assert torch.equal(reparameterize_model(merged)(x), seen), 'merging twice changes nothing'
+        timm.models.save_for_hf(
+            merged, tmp_path / 'hub', model_args=dict(SMALL, reparameterized=True), safe_serialization=True)
+        reloaded = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True, dtype=dtype).eval()
+        assert torch.equal(reloaded(x), seen)
+    kinds = {type(module) for module in merged.modules()}
+    assert not kinds & {ShiftwiseConv2d, LargeKernelConv2d}
+    if not name.startswith('sw_v2'):
+        assert torch.nn.BatchNorm2d not in kinds
+    assert {tensor.dtype for tensor in merged.state_dict().values() if tensor.is_floating_point()} == {dtype}
+
+
+def test_a_merged_network_refuses_to_be_trained():
+    model = reparameterize_model(timm.create_model('test_sw')).train()
+    x = torch.randn(1, 3, 32, 32)
+    with pytest.raises(RuntimeError, match='reparameterized'):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    x.requires_grad_()
+    model.eval()(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_merged_operator_moves_with_its_model():
+    merged = randomise(ShiftwiseConv2d(4, 9, 3, backend='torch')).fuse()
+    assert isinstance(merged, MergedShiftwiseConv2d)
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    assert merged.double()(x).dtype == torch.float64
+    assert merged.to('meta')(x.to('meta')).shape == x.shape
+    assert MergedShiftwiseConv2d(4, 9, 3, device='meta', dtype=torch.bfloat16).eval()(
+        x.to('meta', torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_weights_of_another_geometry_are_refused():
+    merged = ShiftwiseConv2d(4, 9, 3, backend='torch').fuse()
+    with pytest.raises(RuntimeError, match='focus length'):
+        ShiftwiseConv2d(4, 8, 3, backend='torch').fuse().load_state_dict(merged.state_dict())
