@@ -1,0 +1,131 @@
+"""The command line itself and its small sub-commands."""
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+import timm_shiftwise
+from timm_shiftwise.cli import COMMANDS, CommandError, main
+from timm_shiftwise.cli.run import find_script
+
+RECIPES = ('sw_base', 'sw_small', 'sw_tiny')
+
+
+def exit_status(*argv: str) -> int:
+    """Status with which the command ends, argparse's own exits included."""
+    try:
+        return main(argv)
+    except SystemExit as exit_:
+        return exit_.code
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_each_command_explains_itself(name, capsys):
+    assert exit_status(name, '--help') == 0
+    assert f'timm-shiftwise {name}' in capsys.readouterr().out
+
+
+def test_help_lists_the_commands_in_the_tables_order(capsys):
+    assert exit_status('--help') == 0
+    listed = re.findall(r'^    (\w+)  ', capsys.readouterr().out, flags=re.MULTILINE)
+    assert listed == list(COMMANDS)
+
+
+def test_version_is_the_packages(capsys):
+    assert exit_status('--version') == 0
+    assert capsys.readouterr().out.strip() == timm_shiftwise.__version__
+
+
+@pytest.mark.parametrize('argv', [(), ('fly',), ('run',), ('run', '--fast', 'train.py'), ('recipe', 'sw_tiny', 'more')])
+def test_wrong_usage_ends_with_status_2(argv, capsys):
+    assert exit_status(*argv) == 2
+    assert 'usage: timm-shiftwise' in capsys.readouterr().err
+
+
+def test_a_commands_error_is_shown_without_a_traceback_or_markup(monkeypatch, capsys):
+    def fail(args):
+        raise CommandError('no [bold]file[/bold] :smile: ' + 'x' * 200)
+
+    monkeypatch.setattr(importlib.import_module('timm_shiftwise.cli.recipe'), 'run', fail)
+    assert exit_status('recipe') == 2
+    captured = capsys.readouterr()
+    assert captured.err == 'timm-shiftwise recipe: no [bold]file[/bold] :smile: ' + 'x' * 200 + '\n'
+    assert captured.out == ''
+
+
+@pytest.mark.parametrize('model', RECIPES)
+def test_recipe_prints_one_path_that_a_shell_can_use(model, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '20')
+    assert exit_status('recipe', model) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(f'{model}.yaml\n') and out.count('\n') == 1
+    assert Path(out.rstrip('\n')).is_file()
+
+
+def test_recipe_without_a_model_lists_all(capsys):
+    assert exit_status('recipe') == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == list(RECIPES)
+    assert all(Path(path).is_file() for _, path in lines)
+
+
+def test_recipe_of_an_unknown_model_names_those_there_are(capsys):
+    assert exit_status('recipe', 'resnet50') == 2
+    message = capsys.readouterr().err
+    assert "'resnet50'" in message and all(name in message for name in RECIPES)
+
+
+@pytest.mark.parametrize(('model', 'drop_path'), [('sw_tiny', 0.1), ('sw_small', 0.4), ('sw_base', 0.5)])
+def test_recipe_holds_the_papers_settings(model, drop_path, capsys):
+    main(['recipe', model])
+    recipe = yaml.safe_load(Path(capsys.readouterr().out.strip()).read_text())
+    assert recipe['batch_size'] * recipe['grad_accum_steps'] * 8 == 4096
+    del recipe['batch_size'], recipe['grad_accum_steps']
+    assert recipe == dict(
+        model=model, device_modules=['timm_shiftwise'],
+        opt='adamw', lr=4e-3, weight_decay=0.05,
+        sched='cosine', sched_on_updates=True, epochs=300, warmup_epochs=20, min_lr=1e-6,
+        aa='rand-m9-mstd0.5-inc1', mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode='pixel',
+        interpolation='bicubic', train_interpolation='bicubic', drop_path=drop_path,
+        model_ema=False, amp=True, amp_dtype='bfloat16',
+    )
+    assert timm.is_model(model)
+
+
+def test_a_script_is_found_by_path_before_timm_scripts(tmp_path, monkeypatch):
+    here, scripts = tmp_path / 'here', tmp_path / 'scripts'
+    for directory in (here, scripts, scripts / 'sub'):
+        directory.mkdir()
+    (here / 'train.py').touch()
+    (here / 'sub').mkdir()
+    for name in ('train.py', 'validate.py', 'sub/tool.py'):
+        (scripts / name).touch()
+    monkeypatch.chdir(here)
+    environ = {'TIMM_SCRIPTS': str(scripts)}
+    assert find_script('train.py', environ) == 'train.py'
+    assert find_script('validate.py', environ) == str(scripts / 'validate.py')
+    assert find_script('sub/tool.py', environ) == str(scripts / 'sub/tool.py')
+    assert find_script(str(scripts / 'train.py'), {}) == str(scripts / 'train.py')
+
+
+@pytest.mark.parametrize(('version', 'branch'), [('1.0.31', 'v1.0.31'), ('1.0.32.dev0', 'main')])
+@pytest.mark.parametrize('with_directory', [True, False])
+def test_a_script_that_is_not_found_names_the_places_and_timms_scripts(
+        version, branch, with_directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, '__version__', version)
+    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
+    if with_directory:
+        monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path / 'scripts'))
+    (tmp_path / 'train.py').mkdir()  # a directory of that name is no script
+    assert exit_status('run', 'train.py', '--help') == 2
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    lines = captured.err.splitlines()
+    assert lines[0] == "timm-shiftwise run: no script 'train.py'. Looked at"
+    assert lines[1] == f'  {tmp_path / "train.py"}'
+    assert lines[2] == (f'  {tmp_path / "scripts" / "train.py"}' if with_directory else '  $TIMM_SCRIPTS (not set)')
+    assert f'timm {version}' in captured.err and f'--branch {branch} ' in captured.err

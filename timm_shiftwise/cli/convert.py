@@ -1,0 +1,93 @@
+"""`timm-shiftwise convert SOURCE --output DIR`: a checkpoint becomes a folder that timm and the Hub understand."""
+import argparse
+import ast
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import CommandError
+
+
+def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
+    """Declare the arguments."""
+    parser = subparsers.add_parser(
+        'convert',
+        help='turn a checkpoint into a folder for timm and the Hub',
+        description='Turn a checkpoint into a folder for timm and the Hub (model.safetensors, config.json, README.md), '
+                    'and check that the folder gives the same logits. The network is told from the checkpoint.',
+    )
+    parser.add_argument(
+        'source', metavar='SOURCE',
+        help="a checkpoint file, ours or the papers' authors', an output folder of train.py, or a Hub folder")
+    parser.add_argument('--output', metavar='DIR', required=True, help='the folder to write')
+    parser.add_argument('--model', metavar='NAME', help='the network, where the checkpoint does not tell it')
+    parser.add_argument(
+        '--model-kwargs', metavar='NAME=VALUE', nargs='+', default=[], type=_argument,
+        help='arguments of the network that the checkpoint does not tell, such as focus_lengths=51,49,47,13')
+    parser.add_argument('--reparameterize', action='store_true', help='merge the network for inference')
+    parser.add_argument(
+        '--no-ema', action='store_true', help='take the last weights, not their average, where both are there')
+    parser.add_argument('--overwrite', action='store_true', help='replace the folder if there is one')
+    card = parser.add_argument_group('what the model card says of the weights')
+    card.add_argument('--description', metavar='TEXT', help='a sentence on the weights')
+    card.add_argument('--dataset', metavar='NAME', help='the data they were trained on, as the Hub names it')
+    card.add_argument('--license', metavar='NAME', help='their licence, as the Hub names it: apache-2.0')
+    card.add_argument(
+        '--result', metavar=('RESULT', 'SOURCE'), nargs=2, action='append', default=[],
+        help='a result and where it is published or how it was measured')
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition('=')
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f'expected NAME=VALUE, got {text!r}')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was found and written."""
+    from ..hub import HubError, Provenance, convert
+    from ..models.checkpoint import CheckpointError
+
+    provenance = Provenance(args.description, args.dataset, args.license, [tuple(pair) for pair in args.result])
+    console = Console(soft_wrap=True)
+    try:
+        with Console(stderr=True).status('Converting and checking'):
+            done = convert(
+                args.source,
+                args.output,
+                args.model,
+                dict(args.model_kwargs),
+                reparameterize=args.reparameterize,
+                use_ema=not args.no_ema,
+                overwrite=args.overwrite,
+                provenance=provenance,
+            )
+    except (HubError, CheckpointError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f'{args.output} was not written: {error}') from error
+
+    network = done.network
+    table = Table(show_header=False, box=None)
+    table.add_row('Weights', escape(str(done.weights)))
+    table.add_row('Layout', "the papers' authors'" if network.layout == 'authors' else 'timm-shiftwise')
+    table.add_row('Network', network.name)
+    for name, value in network.args.items():
+        table.add_row('', escape(f'{name}={value!r}'))
+    if network.assumed:
+        table.add_row('Assumed', f'{", ".join(network.assumed)} of {network.name}: the checkpoint does not tell')
+    table.add_row('Form', 'merged for inference' if done.merged else 'as trained')
+    table.add_row('Parameters', f'{done.cost.parameters:,}')
+    table.add_row('Multiply-adds', f'{done.cost.multiply_adds:,}')
+    table.add_row('Logits', f"off by {done.error:.1e} of the largest from the source's")
+    console.print(table)
+    reference = f'local-dir:{done.folder}'
+    console.print(f'\nTo use it: timm.create_model({reference!r}, pretrained=True)', markup=False)
+    console.print(f'To publish it: timm-shiftwise publish {done.folder} --repo USER/NAME', markup=False)
+    return 0
