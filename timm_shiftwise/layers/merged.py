@@ -226,8 +226,8 @@ def refuse_other_geometry(
     held = state_dict.get(prefix + 'geometry')
     if held is not None and not held.is_meta and tuple(held.tolist()) != geometry:
         errors.append(
-            f'{prefix}geometry: the checkpoint was made for (focus length, kernel size, padding) {tuple(held.tolist())}, '
-            f'the layer is {geometry}.')
+            f'{prefix}geometry: the checkpoint was made for (focus length, kernel size, padding) '
+            f'{tuple(held.tolist())}, the layer is {geometry}.')
 
 
 def refuse_training(training: bool) -> None:

@@ -28,17 +28,18 @@ def assemble_kernels(
         The wide kernel [C, N, G * N], the tall one [C, G * N, N] and the square one [C, N, N]. Column ``M // 2`` of the
         wide and row ``M // 2`` of the tall kernel lie over the output's own position.
     """
-    channels, _, size, _ = weight.shape
-    groups = horizontal.shape[2]
-    channel = torch.arange(channels, device=weight.device)[:, None]
-    wide = weight.new_zeros([channels, groups, size, size])
-    tall = wide
-    square = weight.new_zeros([channels, size, size])
-    for r in range(horizontal.shape[0]):
-        wide = wide + weight[channel, horizontal[r].long()]  # [C, G, N, N]
-        tall = tall + weight[channel, vertical[r].long()]
-        square = square + weight[channel[:, 0], identity[r].long()]
-    return wide.transpose(1, 2).flatten(2), tall.flatten(1, 2), square
+    wide = _gathered(weight, horizontal)  # [C, G, N, N]
+    tall = _gathered(weight, vertical)  # [C, G, N, N]
+    square = _gathered(weight, identity[:, :, None])  # [C, 1, N, N]
+    return wide.transpose(1, 2).flatten(2), tall.flatten(1, 2), square.squeeze(1)
+
+
+def _gathered(weight: Tensor, table: Tensor) -> Tensor:
+    """Of small kernels [C, K, N, N] those that a table [R, C, places] names, summed over R: [C, places, N, N]."""
+    channels, maps, size, _ = weight.shape
+    first = torch.arange(channels, device=weight.device)[None, :, None] * maps
+    kernels = weight.flatten(0, 1).index_select(0, (table + first).flatten())
+    return kernels.view(table.shape[0], channels, table.shape[2], size, size).sum(0)
 
 
 def centred(kernel: Tensor, row: int, column: int) -> Tensor:
@@ -50,6 +51,13 @@ def centred(kernel: Tensor, row: int, column: int) -> Tensor:
         max(right - left, 0), max(left - right, 0),
         max(below - above, 0), max(above - below, 0),
     ])
+
+
+def within_reach(kernel: Tensor, height: int, width: int) -> Tensor:
+    """Cut off what only meets zeros: of kernels [C, rows, columns] of odd sides no more than 2 * H - 1 by 2 * W - 1."""
+    rows, columns = kernel.shape[1], kernel.shape[2]
+    above, left = max(rows // 2 - height + 1, 0), max(columns // 2 - width + 1, 0)
+    return kernel[:, above:rows - above, left:columns - left]
 
 
 def trimmed(kernel: Tensor) -> Tensor:
@@ -72,7 +80,138 @@ def depthwise_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> T
 def wide_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
     """Depthwise convolution with a wide kernel on the transposed map: PyTorch's CPU kernels are made for tall ones."""
     turned = depthwise_conv2d(x.transpose(2, 3).contiguous(), kernel.transpose(1, 2).contiguous())
-    return turned.transpose(2, 3)
+    return turned.transpose(2, 3).contiguous()
+
+
+class LargeDepthwiseConv2d(torch.autograd.Function):
+    """Depthwise convolution whose backward does not wait for PyTorch's slow weight gradient.
+
+    The gradient of the input is a forward convolution with the turned kernel; that of the weight a batched matrix
+    product (:func:`depthwise_weight_gradient`). It keeps its input and nothing else. Both are differentiable again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Tensor) -> Tensor:
+        """Convolve [B, C, H, W] with kernels [C, rows, columns] of odd sides; the size stays."""
+        ctx.save_for_backward(x, kernel)
+        return _convolve(x, kernel)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the input and of the kernels."""
+        x, kernel = ctx.saved_tensors
+        grad_x = LargeDepthwiseConv2d.apply(grad, kernel.flip(1, 2)) if ctx.needs_input_grad[0] else None
+        grad_kernel = None
+        if ctx.needs_input_grad[1]:
+            rows, columns = kernel.shape[1:]
+            if rows >= columns:
+                grad_kernel = depthwise_weight_gradient(x, grad, rows, columns)
+            else:
+                grad_kernel = depthwise_weight_gradient(
+                    x.transpose(2, 3), grad.transpose(2, 3), columns, rows).transpose(1, 2)
+            grad_kernel = grad_kernel.to(kernel.dtype)
+        return grad_x, grad_kernel
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    if kernel.shape[2] > kernel.shape[1] and x.device.type == 'cpu':
+        return wide_conv2d(x, kernel)
+    return depthwise_conv2d(x, kernel)
+
+
+_WINDOW_ELEMENTS = 2 ** 20
+"""Shifted copies that a weight gradient makes at a time: enough for the matrix product, little beside the input."""
+
+
+def depthwise_weight_gradient(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
+    """Gradient of the kernels of a depthwise convolution as batched matrix products.
+
+    For one column offset ``b`` the products of every row of the gradient with every row of the shifted input make an H
+    x H matrix; element ``a`` of the kernel's column is the sum along one of its diagonals.
+
+    Args:
+        x: Input [B, C, H, W].
+        grad: Gradient of the output [B, C, H, W].
+        rows: Rows of the kernels, odd.
+        columns: Columns of the kernels, odd.
+
+    Returns:
+        Gradient [C, rows, columns], float32 at least.
+    """
+    channels, height = x.shape[1], x.shape[2]
+    reach = rows // 2
+    if height > 3 * rows:
+        # rows far apart never meet: cut the map into bands and give each the rows within reach
+        bands = -(-height // rows)
+        grad = F.pad(grad, [0, 0, 0, bands * rows - height])
+        grad = grad.unflatten(2, (bands, rows)).transpose(1, 2).flatten(0, 1)
+        x = F.pad(x, [0, 0, reach, bands * rows - height + reach])
+        x = x.unfold(2, rows + 2 * reach, rows).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        first = 0
+    else:
+        first = -reach
+    chunk = max(1, _WINDOW_ELEMENTS // max(1, columns * x[:, 0].numel()))
+    parts = [
+        _weight_gradient_of(x[:, c:c + chunk], grad[:, c:c + chunk], first, rows, columns)
+        for c in range(0, channels, chunk)
+    ]
+    return torch.cat(parts)
+
+
+def _weight_gradient_of(x: Tensor, grad: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    width = grad.shape[3]
+    shifted = F.pad(x, [columns // 2, columns // 2]).unfold(3, width, 1)  # [B, C, H', columns, W]
+    shifted = shifted.permute(1, 3, 2, 0, 4).flatten(3).flatten(1, 2)  # [C, columns * H', B * W]
+    grad = grad.permute(1, 2, 0, 3).flatten(2)  # [C, H, B * W]
+    products = torch.bmm(grad, shifted.transpose(1, 2)).unflatten(2, (columns, -1))  # [C, H, columns, H']
+    return _diagonal_sums(products.transpose(1, 2), first, rows).transpose(1, 2)
+
+
+def _diagonal_sums(matrix: Tensor, first: int, count: int) -> Tensor:
+    """Sums of ``matrix[..., i, i + j]`` over i for ``count`` offsets j from ``first`` on, float32 at least."""
+    rows, columns = matrix.shape[-2:]
+    # rows laid one after another, each one element further to the right, line the diagonals up
+    skewed = F.pad(matrix.flip(-2), [0, rows]).flatten(-2)[..., :rows * (columns + rows - 1)]
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    sums = skewed.unflatten(-1, (rows, columns + rows - 1)).sum(-2, dtype=dtype)
+    # the sums run over offsets -(rows - 1) to columns - 1
+    before, after = -(rows - 1) - first, first + count - columns
+    return F.pad(sums, [before, after])
+
+
+def merged_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        focus_length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three branches of a shift-wise convolution with full padding, each as one depthwise convolution.
+
+    Args:
+        x: Input [B, C, H, W].
+        weight: Small kernels [C, K, N, N].
+        horizontal: Kernel index at every place of the wide branch, integer [R, C, G].
+        vertical: The same for the tall branch, integer [R, C, G].
+        identity: Kernel index of the centre branch, integer [R, C].
+        focus_length: M in pixels.
+
+    Returns:
+        The horizontal, vertical and identity branches, each [B, C, H, W].
+    """
+    wide, tall, square = assemble_kernels(weight, horizontal, vertical, identity)
+    size = square.shape[1]
+    wide = centred(wide, size // 2, focus_length // 2)
+    tall = centred(tall, focus_length // 2, size // 2)
+    square = centred(square, size // 2, size // 2)
+    if torch.jit.is_scripting():
+        return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
+    else:
+        if graph_leaves_python():
+            return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
+        h, v, i = [LargeDepthwiseConv2d.apply(x, within_reach(k, x.shape[2], x.shape[3])) for k in (wide, tall, square)]
+        return h, v, i
 
 
 def add_centred(first: Tensor, second: Tensor) -> Tensor:
