@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.geometry import num_groups, small_padding
 from timm_shiftwise.layers import ShiftwiseConv2d
 from timm_shiftwise.layers.wiring import separate_wiring, shuffled_wiring, split_ghost
 from timm_shiftwise.sparsity import keep_masks
@@ -193,8 +193,8 @@ def _in_own_layout(
     }
     for key, value in own.items():
         if key in kept or key.endswith(_COUNTER):
-            state.setdefault(key, value)
-    return keep_masks(state, model), problems
+            state.setdefault(key, torch.zeros_like(value, device='cpu') if value.is_meta else value)
+    return {_network_name(key): value for key, value in keep_masks(state, model).items()}, problems
 
 
 def _released_tables(operator: ShiftwiseConv2d) -> dict[str, Tensor]:
@@ -206,8 +206,15 @@ def _released_tables(operator: ShiftwiseConv2d) -> dict[str, Tensor]:
         wiring = separate_wiring(*size)
     else:
         wiring = shuffled_wiring(*size, operator.horizontal.shape[0], natural_horizontal=operator.operator == 'p_sw')
+    pad = small_padding(operator.kernel_size, operator.padding)
     return dict(
-        kept=kept, ghost=ghost, horizontal=wiring.horizontal, vertical=wiring.vertical, identity=wiring.identity)
+        kept=kept,
+        ghost=ghost,
+        horizontal=wiring.horizontal,
+        vertical=wiring.vertical,
+        identity=wiring.identity,
+        geometry=torch.tensor((operator.focus_length, operator.kernel_size, pad), dtype=torch.int32),
+    )
 
 
 def _on_first_path(weight: Tensor, operator: ShiftwiseConv2d) -> Tensor:

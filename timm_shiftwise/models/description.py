@@ -121,16 +121,18 @@ def _facts(state: dict[str, Tensor]) -> dict[str, Any]:
     if weights[0].ndim == 5:
         facts['num_paths'] = weights[0].shape[0]
     maps = tuple(weight.shape[-3] for weight in weights)
+    # the ablation has one order and one path, and no channel passes through
+    family = 'sw'
+    if facts['worked'] == facts['dims'] and facts.get('num_paths', 1) == 1 and not has(f'.conv_dw.{MERGED_PATHS}'):
+        family = 'p_sw'
+    facts['groups'] = maps
     if has('.conv_dw.horizontal'):
         tables = every('.conv_dw.horizontal')
         facts.update(groups=tuple(table.shape[-1] for table in tables), num_shuffles=tables[0].shape[0])
-        shared = maps == facts['groups']
-        shuffled = any(not _is_natural(table) for table in tables)
-        family = ('sw' if shuffled or max(maps) == 1 else 'p_sw') if shared else 'eq_slak'
-    else:
-        facts['groups'] = maps
-        has_ghosts = facts['worked'] != facts['dims']
-        family = 'sw' if has_ghosts or facts['num_paths'] > 1 or has(f'.conv_dw.{MERGED_PATHS}') else 'p_sw'
+        if maps != facts['groups']:
+            family = 'eq_slak'
+        elif max(maps) > 1 and not any(table.is_meta for table in tables):
+            family = 'p_sw' if all(_is_natural(table) for table in tables) else 'sw'
     facts['family'] = 'sw_v2' if has('.se.fc1.weight') else family
     geometry = [state.get(f'{name}.conv_dw.geometry') for name in blocks]
     if all(table is not None and not table.is_meta and table.numel() == 3 for table in geometry):
@@ -184,10 +186,11 @@ def _ghost_ratio(
     """The registered network's ratio, or else the shortest decimal fraction, that leaves these channels to work on."""
     if worked == dims and rule == 'v1':
         return 0.
-    near = round(100 * (1 - worked[0] / dims[0]))
-    hundredths = sorted(range(100), key=lambda k: abs(k - near))[:10]
-    thousandths = [k for k in range(10 * near - 50, 10 * near + 50) if 0 <= k < 1000]
-    tried = [variant.get('ghost_ratio', 0.), 0., *(k / 100 for k in hundredths), *(k / 1000 for k in thousandths)]
+    share = 1 - worked[0] / dims[0]
+    tried = [variant.get('ghost_ratio', 0.), 0.]
+    for digits in (1, 2, 3):
+        nearest = range(max(round((share - 0.06) * 10 ** digits), 0), round((share + 0.06) * 10 ** digits) + 1)
+        tried += sorted((k / 10 ** digits for k in nearest), key=lambda ratio: abs(ratio - share))
     for ratio in tried:
         try:
             if all(len(split_ghost(dim, ratio, rule)[0]) == kept for dim, kept in zip(dims, worked, strict=True)):
