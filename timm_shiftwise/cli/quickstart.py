@@ -1,10 +1,11 @@
 """`timm-shiftwise quickstart`: train a small network on handwritten digits, save it, load it back, look at it.
 
-Also how the packaged weights are made: `timm-shiftwise quickstart`, then copy
-`quickstart/test_sw.digits/model.safetensors` to `timm_shiftwise/weights/test_sw.digits.safetensors`.
+Also how the packaged weights are made: run it, then copy `quickstart/test_sw.digits/model.safetensors` to
+`timm_shiftwise/weights/test_sw.digits.safetensors`.
 """
 import argparse
 import importlib
+import shlex
 import shutil
 import tempfile
 import time
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.syntax import Syntax
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.utils.data import DataLoader
+
+    from timm_shiftwise.models import ShiftwiseNet
+    from timm_shiftwise.quickstart.training import Scores
 
 EPOCHS = 20
 ENOUGH = 97.
@@ -40,44 +43,56 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser = subparsers.add_parser(
         'quickstart',
         help='train a small network on handwritten digits, in a minute or two, and look at what it does',
-        description='Write handwritten digits as a folder of images, train test_sw on them, save it as a folder for the '
-                    'Hugging Face Hub, load it back, merge it for inference, and draw what it says of held-out digits.',
+        description='Write handwritten digits as a folder of images, train test_sw on them, save it as a folder for '
+                    'the Hugging Face Hub, load it back, merge it for inference, and draw what it says of held-out '
+                    'digits.',
     )
-    parser.add_argument('--output', metavar='DIR', type=Path, default=Path('quickstart'),
-                        help='where everything is written; a rerun replaces what an earlier one wrote '
-                             '(default: %(default)s)')
-    parser.add_argument('--epochs', metavar='N', type=int, default=EPOCHS,
-                        help='times to go through the training images (default: %(default)s)')
-    parser.add_argument('--seed', metavar='N', type=int, default=0, help='seed of weights and batches '
-                        '(default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='where to train, such as cpu or cuda (default: %(default)s)')
+    parser.add_argument(
+        '--output', metavar='DIR', type=Path, default=Path('quickstart'),
+        help='where everything is written; a rerun replaces what an earlier one wrote (default: %(default)s)')
+    parser.add_argument(
+        '--epochs', metavar='N', type=int, default=EPOCHS,
+        help='times to go through the training images (default: %(default)s)')
+    parser.add_argument(
+        '--seed', metavar='N', type=int, default=0, help='seed of weights and batches (default: %(default)s)')
+    parser.add_argument(
+        '--device', default='cpu', help='where to train, such as cpu or cuda (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it all, and say what is done.
 
     Returns:
-        0, or 1 if the network scored below `ENOUGH`: then no network is saved.
+        0; 1 if the network scored below `ENOUGH`, and no network is saved; 130 if the user stopped it.
 
     Raises:
         CommandError: an argument is of no use, or a package is missing.
     """
     if args.epochs < 1:
         raise CommandError(f'--epochs must be at least 1, got {args.epochs}')
-    _require_packages()
-    output: Path = args.output
-    _claim(output)
+    if not 0 <= args.seed < 2 ** 32:
+        raise CommandError(f'--seed must be between 0 and 4294967295, got {args.seed}')
+    require_packages({'sklearn': 'scikit-learn', 'matplotlib': 'matplotlib'})
+    device = _find_device(args.device)
+    _claim(args.output)
     console = Console()
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=args.output) as scratch:
         try:
-            return _quickstart(console, output, Path(scratch), args.epochs, args.seed, args.device)
+            return _quickstart(console, args.output, Path(scratch), args.epochs, args.seed, device)
         except KeyboardInterrupt:
-            console.print('\nStopped. What was begun is removed again.')
+            console.print('\nStopped; what was unfinished is removed.')
             return 130
 
 
-def _require_packages() -> None:
-    packages = {'sklearn': 'scikit-learn', 'matplotlib': 'matplotlib'}
+def require_packages(packages: dict[str, str]) -> None:
+    """Check that packages beyond those that timm-shiftwise always needs can be imported.
+
+    Args:
+        packages: names of modules, with the names by which pip knows their packages.
+
+    Raises:
+        CommandError: one cannot; the message says how to install it.
+    """
     missing = []
     for module, package in packages.items():
         try:
@@ -86,27 +101,36 @@ def _require_packages() -> None:
             missing.append(package)
     if missing:
         raise CommandError(
-            f'{" and ".join(missing)} cannot be imported, which the digits and the picture need. Install with\n'
+            f'{" and ".join(missing)} cannot be imported. Install with\n'
             f'  pip install {" ".join(missing)}\n'
-            f'or as the extra of this package: pip install "timm-shiftwise[quickstart]", in a clone '
-            f'pip install ".[quickstart]"')
+            'or with the extra "quickstart" of this package, in a clone:\n'
+            '  pip install ".[quickstart]"')
+
+
+def _find_device(name: str) -> 'torch.device':
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f'--device {name} cannot be used here: {str(error).splitlines()[0]}') from None
+    return device
 
 
 def _claim(output: Path) -> None:
     """Make the output directory, or check that it holds nothing but what an earlier run wrote."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise CommandError(f'--output {output} is a file') from None
     except OSError as error:
         raise CommandError(f'--output {output} cannot be made: {error.strerror}') from None
     leftovers = [entry for entry in output.iterdir() if entry.name.startswith(_SCRATCH)]
-    foreign = sorted(entry.name for entry in output.iterdir()
-                     if entry not in leftovers and entry.name not in (DIGITS, HUB_FOLDER, PICTURE))
+    ours = {DIGITS, HUB_FOLDER, PICTURE, *(leftover.name for leftover in leftovers)}
+    foreign = sorted({entry.name for entry in output.iterdir()} - ours)
     if foreign:
         raise CommandError(
-            f'--output {output} holds files of something else ({", ".join(foreign[:3])}'
-            f'{", ..." if len(foreign) > 3 else ""}). Choose a new or an empty directory')
+            f'--output {output} holds something else already: {", ".join(foreign[:3])}'
+            f'{", ..." if len(foreign) > 3 else ""}. Choose a new or an empty directory')
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -114,68 +138,62 @@ def _claim(output: Path) -> None:
 def _place(made: Path, target: Path) -> None:
     """Move what is finished to its place; what an earlier run left there goes."""
     if target.is_dir() and not target.is_symlink():
-        target.rename(made.parent / f'replaced-{target.name}')
+        target.rename(made.with_name(f'replaced-{target.name}'))
     made.replace(target)
 
 
-def _quickstart(console: Console, output: Path, scratch: Path, epochs: int, seed: int, device_name: str) -> int:
-    import torch
+def _quickstart(
+        console: Console,
+        output: Path,
+        scratch: Path,
+        epochs: int,
+        seed: int,
+        device: 'torch.device',
+) -> int:
     from timm.utils import random_seed
 
     from timm_shiftwise.ops.backend import explain_backend
-    from timm_shiftwise.quickstart import digits, hub_folder, picture, training
+    from timm_shiftwise.quickstart import digits, picture, training
 
     start = time.perf_counter()
-    try:
-        device = torch.device(device_name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f'--device {device_name} cannot be used: {str(error).splitlines()[0]}') from None
-
-    images = digits.write_digits(scratch / DIGITS)
+    learned, held_out = digits.write_digits(scratch / DIGITS)
     _place(scratch / DIGITS, output / DIGITS)
-    _say(console, 'Digits', f'{images[0]} images to learn from, {images[1]} held out, in {output / DIGITS}')
+    _say(console, 'Digits', f'{learned} images to learn from and {held_out} held out, in {output / DIGITS}')
 
     random_seed(seed)
-    steps = epochs * (images[0] // training.BATCH_SIZE)
+    steps = training.count_steps(learned, epochs)
     model = training.create_network(steps).to(device)
-    train_images = training.train_loader(output / DIGITS, model, device)
-    held_out = training.held_out_loader(output / DIGITS, model, device)
-    parameters = sum(p.numel() for p in model.parameters())
-    size = model.pretrained_cfg['input_size'][-1]
+    images = training.train_loader(output / DIGITS, model, device)
+    exam = training.held_out_loader(output / DIGITS, model, device)
     choice = explain_backend(None, device)
-    _say(console, 'Network', f'{training.MODEL}: {parameters:,} parameters, images of {size} x {size} pixels; shift-add in '
-                             f'{choice.backend} ({choice.reason})')
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = training.image_size(model)
+    _say(console, 'Network', f'{training.MODEL}, {parameters:,} parameters, images of {size} x {size} pixels; '
+                             f'shift-add in {choice.backend} ({choice.reason})')
 
     begun = time.perf_counter()
-    _train(console, model, train_images, held_out, epochs, device)
-    scores = training.score(model, held_out, device)
-    _say(console, 'Training', f'{steps} steps in {time.perf_counter() - begun:.0f} s: [bold]{scores.accuracy:.2f} %[/] of the '
-                              f'held-out digits are right ({scores.mistakes} of {images[1]} wrong)')
+    _train(console, model, images, exam, epochs, device)
+    scores = training.score(model, exam, device)
+    _say(console, 'Trained', f'{steps} steps in {time.perf_counter() - begun:.0f} s. Held-out digits read right: '
+                             f'{scores.accuracy:.2f} % ({scores.mistakes} of {held_out} wrong)')
     if scores.accuracy < ENOUGH:
         console.print(
-            f'[bold red]{scores.accuracy:.2f} % is below the {ENOUGH:.0f} % that this demonstration has to reach:[/] '
-            f'no network is saved. The default is --epochs {EPOCHS}, this run had {epochs}.')
+            f'{scores.accuracy:.2f} % is below the {ENOUGH:.0f} % that this demonstration has to reach: no network is '
+            f'saved. The default is --epochs {EPOCHS}, this run had {epochs}.', style='bold red', highlight=False)
         return 1
-
     console.print(_sparsity_table(model))
 
-    recipe = f'{epochs} epochs of AdamW with timm, seed {seed}'
-    hub_folder.save_hub_folder(model, scratch / HUB_FOLDER, images, scores.accuracy, recipe)
-    reloaded = hub_folder.load_hub_folder(scratch / HUB_FOLDER).to(device)
-    if not torch.equal(training.score(reloaded, held_out, device).logits, scores.logits):
-        raise CommandError('the network that was saved and loaded back does not give the same scores')
+    _save(model, scratch / HUB_FOLDER, output / HUB_FOLDER, scores, f'{epochs} epochs, seed {seed}')
+    reloaded = _load_back(scratch / HUB_FOLDER, scores, exam, device)
     _place(scratch / HUB_FOLDER, output / HUB_FOLDER)
-    weights = output / HUB_FOLDER / 'model.safetensors'
-    _say(console, 'Saved', f'{output / HUB_FOLDER}: model.safetensors ({weights.stat().st_size / 1e3:.0f} kB), config.json, '
-                           'README.md, as the Hugging Face Hub has it')
-    _say(console, 'Loaded', f"timm.create_model('local-dir:{output / HUB_FOLDER}', pretrained=True) gives the same scores, "
-                            'to the last bit')
+    kilobytes = (output / HUB_FOLDER / 'model.safetensors').stat().st_size / 1000
+    _say(console, 'Saved', f'{output / HUB_FOLDER}, as the Hugging Face Hub has it: model.safetensors '
+                           f'({kilobytes:.0f} kB), config.json, README.md')
+    _say(console, 'Loaded', f"timm.create_model('local-dir:{output / HUB_FOLDER}', pretrained=True) gives the same "
+                            'scores to the last bit')
+    console.print(_merging_table(reloaded, exam, device))
 
-    console.print(_merging_table(reloaded, held_out, device))
-
-    picture.draw_predictions(
-        [Path(file) for file in held_out.dataset.filenames(absolute=True)], scores, scratch / PICTURE)
+    picture.draw_predictions(training.files_of(exam), scores, scratch / PICTURE)
     _place(scratch / PICTURE, output / PICTURE)
     _say(console, 'Picture', f'{output / PICTURE}: held-out digits with what the network says of them')
     _say(console, 'Done', f'in {time.perf_counter() - start:.0f} s')
@@ -185,24 +203,24 @@ def _quickstart(console: Console, output: Path, scratch: Path, epochs: int, seed
 
 def _say(console: Console, what: str, text: str) -> None:
     line = Table.grid(padding=(0, 2))
-    line.add_column(width=8, style='bold cyan', no_wrap=True)
-    line.add_column()
-    line.add_row(what, text)
-    console.print(line, highlight=False)
+    line.add_column(width=7, style='bold cyan')
+    line.add_column(overflow='fold')
+    line.add_row(what, Text(text))
+    console.print(line)
 
 
 def _train(
         console: Console,
-        model: 'nn.Module',
+        model: 'ShiftwiseNet',
         images: 'DataLoader',
-        held_out: 'DataLoader',
+        exam: 'DataLoader',
         epochs: int,
         device: 'torch.device',
 ) -> None:
     from timm_shiftwise.quickstart.training import train
 
     columns = (
-        TextColumn('[bold cyan]Training[/]  epoch {task.fields[epoch]}'),
+        TextColumn('[bold cyan]Training[/] epoch {task.fields[epoch]}'),
         BarColumn(bar_width=None),
         TextColumn('{task.fields[state]}'),
         TimeElapsedColumn(),
@@ -211,84 +229,131 @@ def _train(
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task('', total=epochs * len(images), epoch=f'1/{epochs}', state='')
-        for now in train(model, images, held_out, epochs, device):
-            held_out_score = '' if now.accuracy is None else f'  held-out {now.accuracy:.1f} %'
-            bar.update(
-                task,
-                completed=now.step,
-                epoch=f'{now.epoch}/{epochs}',
-                state=f'loss {now.loss:.3f}{held_out_score}')
+        for now in train(model, images, exam, epochs, device):
+            right = '' if now.accuracy is None else f' held-out {now.accuracy:.1f} %'
+            bar.update(task, completed=now.step, epoch=f'{now.epoch}/{epochs}', state=f'loss {now.loss:.3f}{right}')
 
 
-def _sparsity_table(model: 'nn.Module') -> Table:
-    table = Table(title='Small kernels left after sparse training', title_justify='left', box=box.SIMPLE)
+def _sparsity_table(model: 'ShiftwiseNet') -> Table:
+    from timm_shiftwise.profile.kept import NetworkGroups, StageGroups, network_groups
+
+    groups = network_groups(model)
+    table = Table(title='What sparse training left of the small kernels', title_justify='left', box=box.SIMPLE_HEAD)
     for name in ('stage', 'kept', 'of', 'pruned'):
         table.add_column(name, justify='right')
-    table.add_column('')
-    kept_in_all, in_all = 0, 0
-    for number, stage in enumerate(model.stages, 1):
-        masks = [block.conv_dw.mask for block in stage.blocks]
-        kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
-        kept_in_all, in_all = kept_in_all + kept, in_all + total
-        table.add_row(str(number), str(kept), str(total), f'{100 * (1 - kept / total):.1f} %', _bar(kept / total))
-    table.add_section()
-    table.add_row('all', str(kept_in_all), str(in_all), f'{100 * (1 - kept_in_all / in_all):.1f} %', _bar(kept_in_all / in_all))
+    table.add_column()
+    rows: list[tuple[str, StageGroups | NetworkGroups]] = [(str(i), stage) for i, stage in enumerate(groups.stages, 1)]
+    for name, counted in (*rows, ('all', groups)):
+        filled = round(24 * counted.density)
+        bar = Text.assemble(('█' * filled, 'cyan'), ('░' * (24 - filled), 'dim'))
+        table.add_row(name, str(counted.kept), str(counted.total), f'{100 * (1 - counted.density):.1f} %', bar)
     return table
 
 
-def _bar(share: float, width: int = 24) -> Text:
-    full = round(share * width)
-    return Text.assemble(('█' * full, 'cyan'), ('░' * (width - full), 'dim'))
+def _save(model: 'ShiftwiseNet', folder: Path, place: Path, scores: 'Scores', recipe: str) -> None:
+    """Write the Hub folder, whose model card names the place it will have."""
+    import torch
+
+    from timm_shiftwise.hub.convert import write_folder
+    from timm_shiftwise.hub.cost import measure_cost
+    from timm_shiftwise.hub.model_card import CardFacts, Provenance
+    from timm_shiftwise.quickstart.digits import CLASSES
+    from timm_shiftwise.quickstart.training import MODEL, image_size
+
+    size, device = image_size(model), next(model.parameters()).device
+    facts = CardFacts(
+        title=place.name,
+        reference=f'local-dir:{place}',
+        architecture=MODEL,
+        cost=measure_cost(model, torch.zeros(1, model.in_chans, size, size, device=device)),
+        provenance=Provenance(
+            description='It reads handwritten digits, bright strokes on black, and is a demonstration: '
+                        f'`timm-shiftwise quickstart` trained it ({recipe}) on images of Optical Recognition of '
+                        'Handwritten Digits, https://archive.ics.uci.edu/dataset/80, as scikit-learn ships them.',
+            results=[(f'{scores.accuracy:.2f} % of {len(scores.labels)} held-out digits', 'that run')],
+        ),
+    )
+    folder.mkdir()
+    write_folder(model, folder, {}, facts, dict(label_names=list(CLASSES)))
 
 
-def _merging_table(model: 'nn.Module', held_out: 'DataLoader', device: 'torch.device') -> Table:
-    """Accuracy and latency of a network as it was trained, and merged for inference."""
+def _load_back(folder: Path, scores: 'Scores', exam: 'DataLoader', device: 'torch.device') -> 'nn.Module':
+    import timm
+    import torch
+
+    from timm_shiftwise.quickstart.training import score
+
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
+    if not torch.equal(score(model, exam, device).logits, scores.logits):
+        raise CommandError('the network that was saved and loaded back does not give the same scores')
+    return model
+
+
+def _merging_table(model: 'nn.Module', exam: 'DataLoader', device: 'torch.device') -> Table:
+    """Accuracy and latency of the network as it was trained, and merged for inference."""
     from timm.utils import reparameterize_model
 
-    from timm_shiftwise.quickstart.training import latency, score
+    from timm_shiftwise.quickstart.training import latencies, score
 
-    batch = next(iter(held_out))[0].to(device)  # [B, 3, H, W]
-    table = Table(title='Merging for inference (timm.utils.reparameterize_model)', title_justify='left', box=box.SIMPLE)
-    for name in ('', 'held-out', 'one image', f'{len(batch)} images', 'largest change'):
-        table.add_column(name, justify='right')
-    scores = score(model, held_out, device)
     merged = reparameterize_model(model.eval())
-    for name, network in (('as trained', model), ('merged', merged)):
-        now = score(network, held_out, device)
-        change = (now.logits.softmax(1) - scores.logits.softmax(1)).abs().max().item()
-        table.add_row(
-            name,
-            f'{now.accuracy:.2f} %',
-            f'{latency(network, batch[:1]):.1f} ms',
-            f'{latency(network, batch):.1f} ms',
-            '' if network is model else f'{change:.0e} of a probability',
-        )
+    scores = [score(network, exam, device) for network in (model, merged)]
+    batch = next(iter(exam))[0].to(device)  # [B, 3, H, W]
+    of_one, of_many = (latencies((model, merged), x) for x in (batch[:1], batch))
+    change = (scores[1].logits.softmax(1) - scores[0].logits.softmax(1)).abs().max().item()
+
+    table = Table(
+        title='Merged for inference, by timm.utils.reparameterize_model',
+        title_justify='left',
+        caption=f'No probability changes by more than {change:.0e}',
+        caption_justify='left',
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ('', 'read right', 'one image', f'{len(batch)} images'):
+        table.add_column(name, justify='right')
+    for name, said, one, many in zip(('as trained', 'merged'), scores, of_one, of_many, strict=True):
+        table.add_row(name, f'{said.accuracy:.2f} %', f'{one:.1f} ms', f'{many:.1f} ms')
     return table
+
+
+def train_line(model: str, data: str, classes: int, size: int, epochs: int) -> list[str]:
+    """The lines of a train.py command, without line ends, for a folder of images.
+
+    Args:
+        model: name of the network.
+        data: folder with `train` and `val`.
+        classes: number of classes.
+        size: side of the images in pixels.
+        epochs: length of the run.
+    """
+    import torch
+
+    lines = [
+        'python timm-scripts/train.py --device-modules timm_shiftwise',
+        f'    --model {model} --data-dir {data} --num-classes {classes}',
+        f'    --input-size 3 {size} {size} --batch-size 64 --epochs {epochs}',
+        f'    --warmup-epochs {max(epochs // 20, 1)} --opt adamw --lr 1e-3 --weight-decay 0.05',
+    ]
+    return lines if torch.cuda.is_available() else [*lines, '    --device cpu']
 
 
 def _next_steps(output: Path, size: int) -> Panel:
     import timm
-    import torch
 
-    device = '' if torch.cuda.is_available() else ' --device cpu'
-    folder = Syntax('PHOTOS/train/CLASS/*.jpg\nPHOTOS/val/CLASS/*.jpg', 'text', background_color='default')
-    scripts = Syntax(
-        f'git clone --depth 1 --branch v{timm.__version__} \\\n'
-        '    https://github.com/huggingface/pytorch-image-models timm-scripts\n'
-        'python timm-scripts/train.py --device-modules timm_shiftwise --model sw_tiny \\\n'
-        '    --data-dir PHOTOS --num-classes 2 --input-size 3 224 224 \\\n'
-        f'    --batch-size 64 --epochs 100 --opt adamw --lr 1e-3 --weight-decay 0.05{device}',
-        'bash', background_color='default')
-    trial = escape(
-        f'To try that line at once: --model test_sw --data-dir {output / DIGITS} --num-classes 10 --input-size 3 {size} {size} '
-        '--hflip 0 --epochs 20')
+    def code(*lines: str) -> Syntax:
+        return Syntax(' \\\n'.join(lines), 'bash', background_color='default', word_wrap=True)
+
     return Panel(
         Group(
-            'A directory for each class, once to learn from and once to score on:',
-            folder,
-            "\ntimm's own training script, unmodified; say how many classes you have:",
-            scripts,
-            f'\n[dim]{trial}[/]',
+            'Sort them into a directory for each class, some to learn from and some to score on:',
+            Text('  PHOTOS/train/CLASS/*.jpg\n  PHOTOS/val/CLASS/*.jpg', style='bold'),
+            "\nGet timm's training script:",
+            code(
+                f'git clone --depth 1 --branch v{timm.__version__}',
+                '    https://github.com/huggingface/pytorch-image-models timm-scripts'),
+            '\nTrain, with your folder and your number of classes in place of these:',
+            code(*train_line('sw_tiny', 'PHOTOS', 2, 224, 100)),
+            '\nTo see that line work first, on the digits:',
+            code(*train_line('test_sw', shlex.quote(str(output / DIGITS)), 10, size, 10)),
         ),
         title='[bold]Your own images[/]',
         box=box.HORIZONTALS,

@@ -1,0 +1,1 @@
+"""What ``timm-shiftwise quickstart`` does, step by step: digits, training, a picture."""
