@@ -83,34 +83,71 @@ def wide_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
     return turned.transpose(2, 3).contiguous()
 
 
-class LargeDepthwiseConv2d(torch.autograd.Function):
+def large_depthwise_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
     """Depthwise convolution whose backward does not wait for PyTorch's slow weight gradient.
 
     The gradient of the input is a forward convolution with the turned kernel; that of the weight a batched matrix
-    product (:func:`depthwise_weight_gradient`). It keeps its input and nothing else. Both are differentiable again.
+    product (:func:`depthwise_weight_gradient`). It keeps its input and nothing else. Both are differentiable again. To
+    a compiler it is one operator, whatever the size of the map: what lies beyond the map's reach is cut off inside.
+
+    Args:
+        x: Input [B, C, H, W].
+        kernel: Kernels [C, rows, columns] of odd sides, in the dtype of ``x``.
+
+    Returns:
+        Output [B, C, H, W], contiguous.
     """
+    return torch.ops.timm_shiftwise.large_depthwise_conv2d(x, kernel)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, kernel: Tensor) -> Tensor:
-        """Convolve [B, C, H, W] with kernels [C, rows, columns] of odd sides; the size stays."""
-        ctx.save_for_backward(x, kernel)
-        return _convolve(x, kernel)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the input and of the kernels."""
-        x, kernel = ctx.saved_tensors
-        grad_x = LargeDepthwiseConv2d.apply(grad, kernel.flip(1, 2)) if ctx.needs_input_grad[0] else None
-        grad_kernel = None
-        if ctx.needs_input_grad[1]:
-            rows, columns = kernel.shape[1:]
-            if rows >= columns:
-                grad_kernel = depthwise_weight_gradient(x, grad, rows, columns)
-            else:
-                grad_kernel = depthwise_weight_gradient(
-                    x.transpose(2, 3), grad.transpose(2, 3), columns, rows).transpose(1, 2)
-            grad_kernel = grad_kernel.to(kernel.dtype)
-        return grad_x, grad_kernel
+@torch.library.custom_op('timm_shiftwise::large_depthwise_conv2d', mutates_args=())
+def _large_depthwise_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
+    return _convolve(x, within_reach(kernel, x.shape[2], x.shape[3])).contiguous()
+
+
+@_large_depthwise_conv2d.register_fake
+def _(x, kernel):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op('timm_shiftwise::large_depthwise_conv2d_weight', mutates_args=())
+def _large_depthwise_conv2d_weight(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
+    height, width = min(rows, 2 * x.shape[2] - 1), min(columns, 2 * x.shape[3] - 1)  # within reach
+    if height >= width:
+        grad_kernel = depthwise_weight_gradient(x, grad, height, width)
+    else:
+        grad_kernel = depthwise_weight_gradient(x.mT, grad.mT, width, height).mT
+    above, left = (rows - height) // 2, (columns - width) // 2
+    return F.pad(grad_kernel, [left, left, above, above]).contiguous()
+
+
+@_large_depthwise_conv2d_weight.register_fake
+def _(x, grad, rows, columns):
+    return x.new_empty([x.shape[1], rows, columns], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _grad_large_depthwise_conv2d(ctx, grad):
+    x, kernel = ctx.saved_tensors
+    grad_x = large_depthwise_conv2d(grad, kernel.flip(1, 2)) if ctx.needs_input_grad[0] else None
+    grad_kernel = None
+    if ctx.needs_input_grad[1]:
+        grad_kernel = torch.ops.timm_shiftwise.large_depthwise_conv2d_weight(
+            x, grad, kernel.shape[1], kernel.shape[2]).to(kernel.dtype)
+    return grad_x, grad_kernel
+
+
+def _grad_large_depthwise_conv2d_weight(ctx, grad_kernel):
+    x, grad = ctx.saved_tensors
+    grad_kernel = grad_kernel.to(x.dtype)
+    return large_depthwise_conv2d(grad, grad_kernel.flip(1, 2)), large_depthwise_conv2d(x, grad_kernel), None, None
+
+
+_large_depthwise_conv2d.register_autograd(_grad_large_depthwise_conv2d, setup_context=_keep_inputs)
+_large_depthwise_conv2d_weight.register_autograd(_grad_large_depthwise_conv2d_weight, setup_context=_keep_inputs)
 
 
 def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
@@ -210,8 +247,7 @@ def merged_conv2d(
     else:
         if graph_leaves_python():
             return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
-        h, v, i = [LargeDepthwiseConv2d.apply(x, within_reach(k, x.shape[2], x.shape[3])) for k in (wide, tall, square)]
-        return h, v, i
+        return large_depthwise_conv2d(x, wide), large_depthwise_conv2d(x, tall), large_depthwise_conv2d(x, square)
 
 
 def add_centred(first: Tensor, second: Tensor) -> Tensor:
