@@ -1,7 +1,7 @@
 """Which implementation of an operator runs, and why.
 
-Every operator has an implementation in plain PyTorch, its definition, and one in Taichi. Taichi runs wherever it can, unless
-the ``backend`` argument of a call or the environment variable ``TIMM_SHIFTWISE_BACKEND`` says otherwise.
+Every operator has an implementation in plain PyTorch, its definition, and one in Taichi. Taichi runs wherever it can,
+unless the ``backend`` argument of a call or the environment variable ``TIMM_SHIFTWISE_BACKEND`` says otherwise.
 """
 import logging
 import os

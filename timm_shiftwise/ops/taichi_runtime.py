@@ -1,4 +1,4 @@
-"""The Taichi program that the kernels run in: started at first use, shared with whoever else uses Taichi in this process.
+"""The Taichi program that the kernels run in, started at first use and shared with whoever else uses Taichi here.
 
 Taichi holds one program a process, on one architecture. So:
 
@@ -7,7 +7,8 @@ Taichi holds one program a process, on one architecture. So:
   destroys its owner's fields. After somebody's ``ti.init`` or ``ti.reset`` the kernels compile anew by themselves.
 - A forked child has none of the threads of the program that it inherited, so it does not use it.
 - On CUDA, Taichi only ever sees the first visible device.
-- Taichi's bookkeeping in Python is not made for several threads, so one lock is held around starts and launches.
+- Taichi's bookkeeping in Python is not made for several threads, so one lock is held around starts and launches; fields
+  are allocated in the thread that started the program.
 
 The CUDA part was written with care but not run: no CUDA machine was at hand.
 """
@@ -78,8 +79,8 @@ def _cuda_obstacle(device: torch.device) -> str | None:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index != 0:
         return (
-            f'Taichi only sees the first visible CUDA device and the tensors are on cuda:{index} (give each process one '
-            f'device through CUDA_VISIBLE_DEVICES)')
+            f'Taichi only sees the first visible CUDA device and the tensors are on cuda:{index} (give each process '
+            f'one device through CUDA_VISIBLE_DEVICES)')
     if torch.cuda.is_current_stream_capturing():
         return 'Taichi kernels cannot be captured in a CUDA graph'
     return None
@@ -100,7 +101,7 @@ def _ensure_program(device_type: str) -> str | None:
     if program is _inherited_program:
         return 'Taichi was started before this process was forked, and its threads did not come along (spawn instead)'
     if _fits(ti, program, device_type):
-        return None
+        return _fields_obstacle(ti, runtime)
     if program is _own_program and device_type == 'cuda' and not _holds_fields(ti, runtime):
         return _start(ti, device_type)
     name = ti._lib.core.arch_name(program.config().arch)
@@ -115,6 +116,14 @@ def _fits(ti: Any, program: Any, device_type: str) -> bool:
 def _holds_fields(ti: Any, runtime: Any) -> bool:
     builder = ti.lang.impl._root_fb
     return bool(runtime.global_vars) or not builder.empty or bool(ti.FieldsBuilder._finalized_roots())
+
+
+def _fields_obstacle(ti: Any, runtime: Any) -> str | None:
+    # the first launch after a field was declared allocates it, which only the thread that started the program may do
+    pending = not runtime.materialized or not ti.lang.impl._root_fb.empty
+    if pending and threading.current_thread() is not threading.main_thread():
+        return 'Taichi fields have been declared whose first use must come from the main thread, and this is another'
+    return None
 
 
 def _start(ti: Any, device_type: str) -> str | None:
@@ -135,7 +144,9 @@ def _start(ti: Any, device_type: str) -> str | None:
         except Exception as error:  # noqa: BLE001  (whatever the driver raises)
             _failures[device_type] = f'Taichi does not start on {device_type} ({type(error).__name__}: {error})'
             return _failures[device_type]
-    _own_program = ti.lang.impl.get_runtime().prog
+    runtime = ti.lang.impl.get_runtime()
+    runtime.materialize()  # here, because only the starting thread may
+    _own_program = runtime.prog
     if not _fits(ti, _own_program, device_type):
         _failures[device_type] = (
             f'Taichi started on {ti._lib.core.arch_name(_own_program.config().arch)} instead of {device_type}')
@@ -157,8 +168,8 @@ def num_threads() -> int:
 def launching(device: torch.device) -> Iterator[None]:
     """Hold everything that a kernel launch on tensors of a device needs.
 
-    One thread launches at a time, a gradient tape of the user's own Taichi code does not record our kernels, and on CUDA
-    the stream that PyTorch works on and the default stream, which Taichi works on, wait for one another.
+    One thread launches at a time, a gradient tape of the user's own Taichi code does not record our kernels, and on
+    CUDA the stream that PyTorch works on and the default stream, which Taichi works on, wait for one another.
     """
     with _lock:
         runtime = import_taichi().lang.impl.get_runtime()

@@ -1,137 +1,31 @@
 """The shift-add in Taichi, forward and backward.
 
-Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3; :mod:`.torch_impl` is the definition. Every kernel is in gather form (each
-output element is written once, by one thread, without atomics) and sums in float32, or float64 where the maps have it.
-bfloat16, which Taichi does not know, goes in and out as bits.
+Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3; :mod:`.torch_impl` is the definition. The kernels
+(:mod:`.taichi_rows` for CPUs, :mod:`.taichi_gather` for GPUs) are in gather form: each output element is written once,
+by one thread, without atomics. They sum in float32, or float64 where the maps have it. bfloat16, which Taichi does not
+know, goes in and out as bits.
 
 The CUDA side was written with care but not run: no CUDA machine was at hand.
 """
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from timm_shiftwise.geometry import crop, image_size, map_size, shift
-from timm_shiftwise.ops.taichi_runtime import import_taichi, launching
+from timm_shiftwise.ops.taichi_lanes import LANES, MAX_ELEMENTS, flat, kinds, most_vectors, num_tasks, scratch
+from timm_shiftwise.ops.taichi_runtime import launching, num_threads
 
-ti = import_taichi()
-
-_MAX_ELEMENTS = 2 ** 31 - 1  # of an array that Taichi can index
-
-
-@ti.func
-def _load(array: ti.template(), index, kind: ti.template(), real: ti.template()):
-    value = ti.cast(0, real)
-    if ti.static(kind == ti.i16):
-        value = ti.bit_cast(ti.cast(array[index], ti.i32) << 16, ti.f32)
-    else:
-        value = ti.cast(array[index], real)
-    return value
-
-
-@ti.func
-def _store(array: ti.template(), index, value, kind: ti.template()):
-    if ti.static(kind == ti.i16):
-        word = ti.bit_cast(value, ti.i32)
-        rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16  # to nearest, ties to even
-        if (word & 0x7fffffff) > 0x7f800000:  # rounding could turn a NaN into an infinity
-            rounded = (word >> 16) | 0x40
-        array[index] = ti.cast(rounded, ti.i16)
-    else:
-        array[index] = ti.cast(value, kind)
-
-
-@ti.kernel
-def _forward_gather(
-        y: ti.types.ndarray(ndim=1),
-        horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        out_h: ti.types.ndarray(ndim=1),
-        out_v: ti.types.ndarray(ndim=1),
-        out_i: ti.types.ndarray(ndim=1),
-        batch: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, map_height: ti.i32, map_width: ti.i32,
-        shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
-        kind: ti.template(), real: ti.template(),
-):
-    for pixel in range(batch * channels * height * width):
-        j = pixel % width
-        i = pixel // width % height
-        plane = pixel // (width * height)
-        c = plane % channels
-        area = ti.cast(map_height * map_width, ti.i64)
-        first = plane * maps * area
-        sum_h = ti.cast(0, real)
-        sum_v = ti.cast(0, real)
-        sum_i = ti.cast(0, real)
-        for r in range(shuffles):
-            entry = (r * channels + c) * groups
-            for g in range(groups):
-                s = first_shift - g * kernel_size
-                if 0 <= j - s < map_width:
-                    sum_h += _load(y, first + horizontal[entry + g] * area + (i + e) * map_width + j - s, kind, real)
-                if 0 <= i - s < map_height:
-                    sum_v += _load(y, first + vertical[entry + g] * area + (i - s) * map_width + j + e, kind, real)
-            sum_i += _load(y, first + identity[r * channels + c] * area + (i + e) * map_width + j + e, kind, real)
-        _store(out_h, pixel, sum_h, kind)
-        _store(out_v, pixel, sum_v, kind)
-        _store(out_i, pixel, sum_i, kind)
-
-
-@ti.kernel
-def _backward_gather(
-        grad_h: ti.types.ndarray(ndim=1),
-        grad_v: ti.types.ndarray(ndim=1),
-        grad_i: ti.types.ndarray(ndim=1),
-        horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        grad_y: ti.types.ndarray(ndim=1),
-        batch: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, map_height: ti.i32, map_width: ti.i32,
-        shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
-        kind: ti.template(), real: ti.template(),
-):
-    for pixel in range(batch * channels * maps * map_height * map_width):
-        q = pixel % map_width
-        p = pixel // map_width % map_height
-        k = pixel // (map_width * map_height) % maps
-        plane = pixel // (map_width * map_height * maps)
-        c = plane % channels
-        first = ti.cast(plane, ti.i64) * height * width
-        row_inside = 0 <= p - e < height
-        column_inside = 0 <= q - e < width
-        total = ti.cast(0, real)
-        for r in range(shuffles):
-            entry = (r * channels + c) * groups
-            for g in range(groups):
-                s = first_shift - g * kernel_size
-                if row_inside and horizontal[entry + g] == k and 0 <= q + s < width:
-                    total += _load(grad_h, first + (p - e) * width + q + s, kind, real)
-                if column_inside and vertical[entry + g] == k and 0 <= p + s < height:
-                    total += _load(grad_v, first + (p + s) * width + q - e, kind, real)
-            if row_inside and column_inside and identity[r * channels + c] == k:
-                total += _load(grad_i, first + (p - e) * width + q - e, kind, real)
-        _store(grad_y, pixel, total, kind)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    # a kernel must not see requires_grad (Taichi would make a .grad) and knows bfloat16 as bits only
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).view(-1)
+from .taichi_gather import backward_gather, forward_gather
+from .taichi_rows import backward_kernel, backward_layout, forward_kernel, forward_layout
 
 
 def _table(table: Tensor) -> Tensor:
     return table.detach().to(torch.int32).contiguous().view(-1)
 
 
-def _kinds(dtype: torch.dtype) -> tuple[Any, Any]:
-    """Taichi's types of the elements of a flat array (see :func:`_flat`) and of sums of them."""
-    return {
-        torch.float64: (ti.f64, ti.f64),
-        torch.float32: (ti.f32, ti.f32),
-        torch.float16: (ti.f16, ti.f32),
-        torch.bfloat16: (ti.i16, ti.f32),
-    }[dtype]
+def _parts(batch: int, elements: int) -> list[slice]:
+    """Cut a batch into parts that Taichi can index; ``elements`` of the largest array belong to one image."""
+    step = max(1, MAX_ELEMENTS // max(elements, 1))
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
 def shift_add_taichi(
@@ -161,18 +55,30 @@ def shift_add_taichi(
     batch, rows, map_height, map_width = y.shape
     height = image_size(map_height, kernel_size, padding)
     width = image_size(map_width, kernel_size, padding)
-    outs = tuple(y.new_empty([batch, channels, height, width]) for _ in range(3))
+    out_h, out_v, out_i = (y.new_empty([batch, channels, height, width]) for _ in range(3))
     tables = _table(horizontal), _table(vertical), _table(identity)
-    step = max(1, _MAX_ELEMENTS // (rows * map_height * map_width))
-    for start in range(0, batch, step):
-        part = slice(start, min(start + step, batch))
+    kind, real = kinds(y.dtype)
+    e = crop(kernel_size, padding)
+    for part in _parts(batch, rows * map_height * map_width):
+        arrays = flat(y[part]), *tables
+        branches = [flat(out[part]) for out in (out_h, out_v, out_i)]
+        planes = (part.stop - part.start) * channels
+        sizes = (
+            channels, rows // channels, height, width, map_height, map_width, shuffles, groups,
+            shift(0, focus_length, kernel_size, padding), kernel_size, e)
         with launching(y.device):
-            _forward_gather(
-                _flat(y[part]), *tables, *(_flat(out[part]) for out in outs), part.stop - part.start, channels,
-                rows // channels, height, width, map_height, map_width, shuffles, groups,
-                shift(0, focus_length, kernel_size, padding), kernel_size, crop(kernel_size, padding),
-                *_kinds(y.dtype))
-    return outs
+            if y.device.type != 'cpu':
+                forward_gather(*arrays, *branches, planes, *sizes, kind, real)
+                continue
+            layout = forward_layout(
+                rows // channels, map_height, map_width, width, focus_length, kernel_size, padding, most_vectors())
+            tasks = num_tasks(planes)
+            entries = torch.empty(channels * (layout.places.shape[0] + groups + 1) * shuffles, dtype=torch.int32)
+            forward_kernel(real)(
+                *arrays, layout.places, layout.classes, entries, scratch(tasks * layout.size, y.dtype), *branches,
+                planes, *sizes, layout.left, layout.row, layout.vectors, layout.size, tasks, layout.tile, layout.left %
+                LANES, num_threads(), kind)
+    return out_h, out_v, out_i
 
 
 def shift_add_backward_taichi(
@@ -209,13 +115,23 @@ def shift_add_backward_taichi(
     map_height, map_width = map_size(height, kernel_size, padding), map_size(width, kernel_size, padding)
     grad_y = grad_h.new_empty([batch, channels * maps, map_height, map_width])
     tables = _table(horizontal), _table(vertical), _table(identity)
-    step = max(1, _MAX_ELEMENTS // (channels * maps * map_height * map_width))
-    for start in range(0, batch, step):
-        part = slice(start, min(start + step, batch))
+    kind, real = kinds(grad_h.dtype)
+    e = crop(kernel_size, padding)
+    for part in _parts(batch, channels * maps * map_height * map_width):
+        arrays = [flat(grad[part]) for grad in (grad_h, grad_v, grad_i)]
+        planes = (part.stop - part.start) * channels
+        sizes = (
+            channels, maps, height, width, map_height, map_width, shuffles, groups,
+            shift(0, focus_length, kernel_size, padding), kernel_size, e)
         with launching(grad_h.device):
-            _backward_gather(
-                *(_flat(grad[part]) for grad in (grad_h, grad_v, grad_i)), *tables, _flat(grad_y[part]),
-                part.stop - part.start, channels, maps, height, width, map_height, map_width, shuffles, groups,
-                shift(0, focus_length, kernel_size, padding), kernel_size, crop(kernel_size, padding),
-                *_kinds(grad_h.dtype))
+            if grad_h.device.type != 'cpu':
+                backward_gather(*arrays, *tables, flat(grad_y[part]), planes, *sizes, kind, real)
+                continue
+            layout = backward_layout(height, width, map_width, focus_length, kernel_size, padding, most_vectors())
+            tasks = num_tasks(planes)
+            entries = torch.empty(channels * (2 * (maps + 1) + 2 * groups * shuffles + maps), dtype=torch.int32)
+            backward_kernel(real)(
+                *arrays, *tables, layout.places, layout.used, entries, scratch(tasks * layout.size, grad_h.dtype),
+                flat(grad_y[part]), planes, *sizes, layout.left, layout.row, layout.narrow, layout.vectors, layout.size,
+                tasks, layout.tile, e % LANES, num_threads(), kind)
     return grad_y

@@ -1,0 +1,82 @@
+"""The shift-add for GPUs: one thread an output element, each reading what it sums.
+
+Written with care but not run on CUDA: no CUDA machine was at hand. (They are tested on the CPU.)
+"""
+# mypy: disable-error-code="valid-type, name-defined"
+from timm_shiftwise.ops.taichi_lanes import load, store
+from timm_shiftwise.ops.taichi_runtime import import_taichi
+
+ti = import_taichi()
+
+
+@ti.kernel
+def forward_gather(
+        y: ti.types.ndarray(ndim=1),
+        horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        out_h: ti.types.ndarray(ndim=1),
+        out_v: ti.types.ndarray(ndim=1),
+        out_i: ti.types.ndarray(ndim=1),
+        planes: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, map_height: ti.i32,
+        map_width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
+        kind: ti.template(), real: ti.template(),
+):
+    for pixel in range(planes * height * width):
+        j = pixel % width
+        i = pixel // width % height
+        plane = pixel // (width * height)
+        c = plane % channels
+        area = ti.cast(map_height * map_width, ti.i64)
+        first = plane * maps * area
+        sum_h = ti.cast(0, real)
+        sum_v = ti.cast(0, real)
+        sum_i = ti.cast(0, real)
+        for r in range(shuffles):
+            entry = (r * channels + c) * groups
+            for g in range(groups):
+                s = first_shift - g * kernel_size
+                if 0 <= j - s < map_width:
+                    sum_h += load(y, first + horizontal[entry + g] * area + (i + e) * map_width + j - s, kind, real)
+                if 0 <= i - s < map_height:
+                    sum_v += load(y, first + vertical[entry + g] * area + (i - s) * map_width + j + e, kind, real)
+            sum_i += load(y, first + identity[r * channels + c] * area + (i + e) * map_width + j + e, kind, real)
+        store(out_h, pixel, sum_h, kind)
+        store(out_v, pixel, sum_v, kind)
+        store(out_i, pixel, sum_i, kind)
+
+
+@ti.kernel
+def backward_gather(
+        grad_h: ti.types.ndarray(ndim=1),
+        grad_v: ti.types.ndarray(ndim=1),
+        grad_i: ti.types.ndarray(ndim=1),
+        horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        grad_y: ti.types.ndarray(ndim=1),
+        planes: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, map_height: ti.i32,
+        map_width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
+        kind: ti.template(), real: ti.template(),
+):
+    for pixel in range(planes * maps * map_height * map_width):
+        q = pixel % map_width
+        p = pixel // map_width % map_height
+        k = pixel // (map_width * map_height) % maps
+        plane = pixel // (map_width * map_height * maps)
+        c = plane % channels
+        first = ti.cast(plane, ti.i64) * height * width
+        row_inside = 0 <= p - e < height
+        column_inside = 0 <= q - e < width
+        total = ti.cast(0, real)
+        for r in range(shuffles):
+            entry = (r * channels + c) * groups
+            for g in range(groups):
+                s = first_shift - g * kernel_size
+                if row_inside and horizontal[entry + g] == k and 0 <= q + s < width:
+                    total += load(grad_h, first + (p - e) * width + q + s, kind, real)
+                if column_inside and vertical[entry + g] == k and 0 <= p + s < height:
+                    total += load(grad_v, first + (p + s) * width + q - e, kind, real)
+            if row_inside and column_inside and identity[r * channels + c] == k:
+                total += load(grad_i, first + (p - e) * width + q - e, kind, real)
+        store(grad_y, pixel, total, kind)

@@ -1,0 +1,144 @@
+"""Vectors of eight lanes in Taichi: what the CPU kernels are written in.
+
+LLVM turns a Taichi vector of eight into machine vectors if the program keeps vectors (see :mod:`.taichi_runtime`) and
+if what is read and written is an array of such vectors, which must be aligned. So the CPU kernels work on scratch
+memory of their own, aligned and padded with zeros, and an unaligned read is put together from the lanes of two aligned
+ones.
+"""
+# mypy: disable-error-code="valid-type, name-defined"
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .taichi_runtime import import_taichi, num_threads, setting
+
+ti = import_taichi()
+
+LANES = 8
+MAX_ELEMENTS = 2 ** 31 - 1  # of an array that Taichi can index
+
+
+def kinds(dtype: torch.dtype) -> tuple[Any, Any]:
+    """Taichi's types of the elements of a flat array (see :func:`flat`) and of sums of them."""
+    return {
+        torch.float64: (ti.f64, ti.f64),
+        torch.float32: (ti.f32, ti.f32),
+        torch.float16: (ti.f16, ti.f32),
+        torch.bfloat16: (ti.i16, ti.f32),
+    }[dtype]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor as a kernel takes it: one-dimensional, bfloat16 as bits, detached (else Taichi makes a .grad for it)."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).view(-1)
+
+
+def scratch(vectors: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for a CPU kernel, [vectors, 8] of the type that ``dtype`` is summed in, at 64 bytes."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    memory = torch.empty(LANES * vectors + LANES, dtype=dtype)
+    start = -memory.data_ptr() % 64 // memory.element_size()
+    return memory[start:start + LANES * vectors].view(vectors, LANES)
+
+
+def num_tasks(work: int) -> int:
+    """Into how many tasks, each with scratch memory of its own, so many equal pieces of work are cut."""
+    return max(1, min(work, 2 * num_threads()))
+
+
+def most_vectors() -> int:
+    """Local vectors that a loop over a row may sum in at once."""
+    if setting('real_matrix_scalarize') or setting('force_scalarize_matrix'):
+        return 2  # a program that takes vectors apart into scalars compiles many of them very slowly
+    return 4  # as many as fit into the registers of AVX2 beside what is read
+
+
+def tile(vectors: int, most: int) -> int:
+    """Vectors, at most ``most``, that a loop over a row of so many should take at once so that few are wasted."""
+    steps = -(-vectors // most)
+    return -(-vectors // steps)
+
+
+def zeros(count: int, vector: Any) -> list[Any]:
+    """New local vectors in a kernel; call it as ``ti.static(zeros(...))``."""
+    return [ti.lang.impl.expr_init(vector(0)) for _ in range(count)]
+
+
+@ti.func
+def load(array: ti.template(), index, kind: ti.template(), real: ti.template()):
+    """Read an element of a flat array as the type of sums."""
+    value = ti.cast(0, real)
+    if ti.static(kind == ti.i16):
+        value = ti.bit_cast(ti.cast(array[index], ti.i32) << 16, ti.f32)
+    else:
+        value = ti.cast(array[index], real)
+    return value
+
+
+@ti.func
+def store(array: ti.template(), index, value, kind: ti.template()):
+    """Write a sum to an element of a flat array, rounded to its type."""
+    if ti.static(kind == ti.i16):
+        word = ti.bit_cast(value, ti.i32)
+        rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16  # to nearest, ties to even
+        if (word & 0x7fffffff) > 0x7f800000:  # rounding could turn a NaN into an infinity
+            rounded = (word >> 16) | 0x40
+        array[index] = ti.cast(rounded, ti.i16)
+    else:
+        array[index] = ti.cast(value, kind)
+
+
+@ti.func
+def joined(first, second, lane: ti.template(), vector: ti.template()):
+    """The eight lanes from ``lane`` on of two vectors side by side."""
+    return vector([first[n] for n in range(lane, LANES)] + [second[n] for n in range(lane)])
+
+
+@ti.func
+def load_row(
+        target: ti.template(), at, lane: ti.template(), source: ti.template(), start, count,
+        kind: ti.template(), real: ti.template(), vector: ti.template(),
+):
+    """Copy ``count`` elements of a flat array into a row of scratch that holds zeros, from vector ``at``, lane
+    ``lane`` on.
+
+    Every vector that is touched is written whole, zeros outside of the row.
+    """
+    head = ti.static((LANES - lane) % LANES)
+    if ti.static(head > 0):
+        value = vector(0)
+        for n in ti.static(range(head)):
+            if n < count:
+                value[lane + n] = load(source, start + n, kind, real)
+        target[at] = value
+    first = ti.static(1 if head > 0 else 0)
+    whole = ti.max(count - head, 0) // LANES
+    for v in range(whole):
+        b = start + head + v * LANES
+        target[at + first + v] = vector([load(source, b + n, kind, real) for n in range(LANES)])
+    done = head + whole * LANES
+    if done < count:
+        value = vector(0)
+        for n in ti.static(range(LANES)):
+            if done + n < count:
+                value[n] = load(source, start + done + n, kind, real)
+        target[at + first + whole] = value
+
+
+@ti.func
+def store_row(target: ti.template(), start, count, source: ti.template(), at, kind: ti.template()):
+    """Copy ``count`` elements of a row of scratch, which begins with vector ``at``, to a flat array."""
+    whole = count // LANES
+    for v in range(whole):
+        value = source[at + v]
+        b = start + v * LANES
+        for n in ti.static(range(LANES)):
+            store(target, b + n, value[n], kind)
+    if whole * LANES < count:
+        value = source[at + whole]
+        b = start + whole * LANES
+        for n in ti.static(range(LANES)):
+            if whole * LANES + n < count:
+                store(target, b + n, value[n], kind)
