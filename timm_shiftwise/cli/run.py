@@ -25,6 +25,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from . import CommandError
@@ -113,7 +114,7 @@ def find_script(name: str, environ: Mapping[str, str] = os.environ) -> str:
 def _device(script_args: Sequence[str]) -> str:
     """Value of timm's option `--device`, which is 'cuda' where it is not given."""
     device = 'cuda'
-    for argument, following in zip(script_args, [*script_args[1:], ''], strict=True):
+    for argument, following in pairwise([*script_args, '']):
         if argument == '--device':
             device = following
         elif argument.startswith('--device='):
