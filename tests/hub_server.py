@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on the loopback address, for the real huggingface_hub client, with faults to switch on.
 
 It answers what the client asks to download files (`/{repo}/resolve/{revision}/{file}`) and to publish them (create,
-preupload, LFS, commit), and keeps everything in memory. Point HF_ENDPOINT at `HubServer.endpoint`.
+preupload, LFS, commit), and keeps everything in memory. Point HF_ENDPOINT at `HubServer.endpoint`, or use `connected`.
 """
 import base64
 import contextlib
@@ -10,10 +10,15 @@ import json
 import re
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
 
 GARBAGE = b'<html>This is not the file that you asked for.</html>'
@@ -138,6 +143,32 @@ class HubServer:
         return [line for line in self.requests if line.startswith('GET ') and '/resolve/' in line]
 
 
+@contextlib.contextmanager
+def connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server that this process's huggingface_hub asks, an empty cache, no token and no waiting between attempts."""
+    server = HubServer()
+    settings = {
+        'ENDPOINT': server.endpoint,
+        'HUGGINGFACE_CO_URL_TEMPLATE': server.endpoint + '/{repo_id}/resolve/{revision}/{filename}',
+        'HF_HUB_CACHE': str(tmp_path / 'hub'),
+        'HF_TOKEN_PATH': str(tmp_path / 'token'),
+        'HF_HUB_DISABLE_XET': True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    for variable in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
+        monkeypatch.delenv(variable, raising=False)
+    impatient = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.)
+    monkeypatch.setattr('huggingface_hub.file_download.time', impatient)
+    monkeypatch.setattr('huggingface_hub.utils._http.time', impatient)
+    huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield server
+    finally:
+        huggingface_hub.utils.enable_progress_bars()
+        server.stop()
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = 'HTTP/1.1'
@@ -222,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refusal(401, None, 'Invalid username or password.')
         request = json.loads(self.body)
         owner = request.get('organization') or user
-        if owner != user and not owner.startswith(f'{user}-'):
+        if owner != user:
             return self._refusal(403, None, f'You have no write access to {owner}')
         repo = f"{owner}/{request['name']}"
         answer = {'url': f'{self.hub.endpoint}/{repo}', 'name': repo, 'id': repo}
@@ -340,6 +371,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refusal(404, 'RepoNotFound', 'Repository not found'), None
         if repository.find(revision) is None:
             return self._refusal(404, 'RevisionNotFound', f'Invalid rev id: {revision}'), None
+        # anybody may propose, only the owner may change
+        proposes = self.query.get('create_pr') or '/info/lfs/' in self.path
+        if not proposes and repo.split('/')[0] != self._user():
+            return self._refusal(403, None, f'You have no write access to {repo}'), None
         return None, repository
 
     def _user(self) -> str | None:

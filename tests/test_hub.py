@@ -6,13 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, connected
 from safetensors.torch import save
 
 import timm_shiftwise
@@ -26,21 +25,8 @@ SMALL = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), focus_lengths=(11, 9, 7,
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A server that this process's huggingface_hub asks, an empty cache, no token and no waiting between attempts."""
-    server = HubServer()
-    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', server.endpoint)
-    monkeypatch.setattr(
-        huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
-        server.endpoint + '/{repo_id}/resolve/{revision}/{filename}')
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
-    for variable in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
-        monkeypatch.delenv(variable, raising=False)
-    impatient = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.)
-    monkeypatch.setattr('huggingface_hub.file_download.time', impatient)
-    monkeypatch.setattr('huggingface_hub.utils._http.time', impatient)
-    yield server
-    server.stop()
+    with connected(tmp_path, monkeypatch) as server:
+        yield server
 
 
 def weights(name: str = 'sw_tiny', seed: int = 0, **kwargs) -> dict[str, torch.Tensor]:
@@ -61,7 +47,8 @@ def cached_files(tmp_path: Path) -> list[str]:
 def assert_same(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     own = model.state_dict()
     assert own.keys() == state.keys()
-    assert all(torch.equal(own[key], state[key]) for key in own)
+    # of the schedule of sparsity nothing is taken over but the masks it made, see test_sparsity
+    assert all(torch.equal(own[key], state[key]) for key in own if not key.startswith('sparsity.'))
 
 
 def config(architecture: str = 'test_sw', num_classes: int = 10, **model_args) -> bytes:

@@ -51,7 +51,9 @@ def _argument(text: str) -> tuple[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was found and written."""
-    from ..hub import HubError, Provenance, convert
+    from ..hub.convert import convert
+    from ..hub.errors import HubError
+    from ..hub.model_card import Provenance
     from ..models.checkpoint import CheckpointError
 
     provenance = Provenance(args.description, args.dataset, args.license, [tuple(pair) for pair in args.result])

@@ -26,7 +26,8 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
 def run(args: argparse.Namespace) -> int:
     """Check the folder, show what is sent, and send it."""
-    from ..hub import HubError, plan, publish
+    from ..hub.errors import HubError
+    from ..hub.publish import plan, publish
 
     console = Console(soft_wrap=True)
     try:

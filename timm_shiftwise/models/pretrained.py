@@ -122,7 +122,7 @@ def _explain_hub(
     if first(HFValidationError):
         return PretrainedWeightsError(
             f'The weights of {name} cannot be looked for: {repo_id!r} is not the name of a repository. '
-            f'{_sentence(error)} {ORGANISATION_VARIABLE} takes the name of an organisation or user of the Hub, such as '
+            f'{sentence(error)} {ORGANISATION_VARIABLE} takes the name of an organisation or user of the Hub, such as '
             f'{ORGANISATION!r}.')
     if first(GatedRepoError):
         return PretrainedWeightsError(
@@ -150,8 +150,8 @@ def _explain_hub(
     if isinstance(answer, HfHubHTTPError):
         refused = answer.response is not None and answer.response.status_code in (401, 403)
         advice = 'Check the token (`hf auth whoami`, HF_TOKEN).' if refused else 'Try again later.'
-        return PretrainedWeightsError(f'{failed}{_sentence(answer)} {advice}')
-    transport = next((cause for cause in causes if _is_transport(cause)), None)
+        return PretrainedWeightsError(f'{failed}{sentence(answer)} {advice}')
+    transport = next((cause for cause in causes if is_transport_error(cause)), None)
     if transport is not None:
         return PretrainedWeightsError(
             f'{failed}the server was not reached, or the connection was cut ({type(transport).__name__}: '
@@ -163,7 +163,7 @@ def _explain_hub(
             return PretrainedWeightsError(
                 f'The file {file} from {what} cannot be read, and was removed from the cache: {reason}')
     if isinstance(error, OSError):
-        return PretrainedWeightsError(f'{failed}{_sentence(error)}')
+        return PretrainedWeightsError(f'{failed}{sentence(error)}')
     return None
 
 
@@ -190,12 +190,13 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return causes
 
 
-def _is_transport(error: BaseException) -> bool:
+def is_transport_error(error: BaseException) -> bool:
+    """Whether an error says that a server was not reached, or a connection cut."""
     # huggingface_hub has changed its HTTP library twice, and lets the library's errors pass
     return isinstance(error, ConnectionError) or type(error).__module__.split('.')[0] in _HTTP_LIBRARIES
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """The first line of an error's message that says something, with a full stop."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if line.endswith(('.', '!', '?')) else f'{line}.'
@@ -207,8 +208,8 @@ def _unreadable(path: Path) -> str | None:
         load_state_dict(str(path))
     except Exception as error:  # noqa: BLE001 (whatever a broken file raises is the answer)
         if path.suffix == '.safetensors':
-            return f'it is cut short or no safetensors file ({_sentence(error)})'
-        return f'it is cut short, or a pickle that asks for more than tensors, which is never run ({_sentence(error)})'
+            return f'it is cut short or no safetensors file ({sentence(error)})'
+        return f'it is cut short, or a pickle that asks for more than tensors, which is never run ({sentence(error)})'
     return None
 
 

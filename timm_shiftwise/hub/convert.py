@@ -1,0 +1,341 @@
+"""From a checkpoint to a folder that timm and the Hub understand: model.safetensors, config.json, README.md."""
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import resolve_data_config
+from timm.models import resolve_pretrained_cfg, save_for_hf
+from timm.utils import reparameterize_model
+from torch import Tensor
+
+from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.models.checkpoint import checkpoint_filter_fn, describe_checkpoint
+from timm_shiftwise.models.variants import SHIFTWISE, SHIFTWISE_V2
+
+from .cost import Cost, measure_cost
+from .errors import HubError
+from .model_card import CardFacts, Provenance, config_of, write_card
+from .source import Source, read_source
+
+_VARIANTS = {**SHIFTWISE, **SHIFTWISE_V2}
+_TOLERANCE = 1e-4
+_SOURCE_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+# what train.py's --model-kwargs may hold beside arguments that the weights were made for
+_OF_THE_RUN = (
+    'drop_rate', 'drop_path_rate', 'backend', 'sparsity', 'prune_rate', 'prune_interval', 'sparsity_init',
+    'sparsity_steps', 'sparsity_seed',
+)
+_TOLD_BY_CONFIG = (
+    'tag', 'input_size', 'test_input_size', 'min_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode',
+    'mean', 'std', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes',
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A registered network with the arguments that a checkpoint asks for.
+
+    Attributes:
+        name: Name in timm's registry.
+        args: Arguments of ``timm.create_model`` beside the name.
+        layout: Whose layout the checkpoint was in, ``'timm-shiftwise'`` or ``'authors'``.
+        assumed: Arguments which nothing told and which are the registered network's own.
+    """
+
+    name: str
+    args: dict[str, Any]
+    layout: str
+    assumed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came of a conversion.
+
+    Attributes:
+        folder: The Hub folder.
+        weights: The file that was read.
+        network: What it was read as.
+        cost: What the network in the folder costs for an image.
+        merged: Whether the network in the folder is merged for inference.
+        error: Largest difference between the logits of the source and of the folder, as a share of the largest logit.
+    """
+
+    folder: Path
+    weights: Path
+    network: Network
+    cost: Cost
+    merged: bool
+    error: float
+
+
+def convert(
+        source: str | Path,
+        output: str | Path,
+        model: str | None = None,
+        model_args: Mapping[str, Any] | None = None,
+        *,
+        reparameterize: bool = False,
+        use_ema: bool = True,
+        overwrite: bool = False,
+        provenance: Provenance | None = None,
+) -> Conversion:
+    """Turn a checkpoint into a Hub folder, and check that the folder gives the same logits.
+
+    The folder is written under another name beside its place and renamed when it is whole.
+
+    Args:
+        source: A checkpoint of ours or in the authors' layout, an output folder of train.py, or a Hub folder.
+        output: The folder to write.
+        model: Name of the network; None to tell it from the checkpoint.
+        model_args: Arguments of ``timm.create_model`` that the checkpoint does not tell.
+        reparameterize: Merge the network for inference.
+        use_ema: Prefer the averaged weights where a checkpoint has both.
+        overwrite: Replace the folder if there is one.
+        provenance: What to say of the weights in the model card.
+
+    Raises:
+        HubError: If the source cannot be read, its network cannot be told, or the folder does not hold what it should.
+        CheckpointError: If the weights do not fit the network.
+        OSError: If the folder cannot be written.
+    """
+    output = Path(output)
+    _check_output(output, overwrite)
+    found = read_source(source, use_ema)
+    network = tell_network(found, model, model_args)
+    net = _build(network)
+    net.load_state_dict(checkpoint_filter_fn(found.state, net))
+    net.eval()
+    _configure(net, found, network)
+    images = _images(net)
+    with torch.inference_mode():
+        logits = net(images)
+    if not logits.isfinite().all():
+        raise HubError(f'The weights of {found.file} give logits that are not finite.')
+    args = dict(network.args)
+    if reparameterize and not args.get('reparameterized'):
+        cfg = config_of(net)
+        net = cast(ShiftwiseNet, reparameterize_model(net))
+        _set_config(net, cfg)
+        args['reparameterized'] = True
+    cost = measure_cost(net, images)
+    facts = CardFacts(
+        title=output.name,
+        reference=f'local-dir:{output}',
+        architecture=network.name,
+        from_authors=network.layout == 'authors',
+        cost=cost,
+        train_args=found.train_args,
+        summary=found.summary,
+        provenance=provenance or Provenance(),
+    )
+    with _whole_folder(output, overwrite) as folder:
+        write_folder(net, folder, args, facts, _labels(found))
+        error = _compare(folder, images, logits)
+    return Conversion(output, found.file, network, cost, bool(args.get('reparameterized')), error)
+
+
+def write_folder(
+        model: ShiftwiseNet,
+        folder: Path,
+        model_args: Mapping[str, Any],
+        facts: CardFacts,
+        labels: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network as a Hub folder.
+
+    Args:
+        model: The network; its ``pretrained_cfg`` goes into config.json.
+        folder: Where to write; it must exist.
+        model_args: Arguments of ``timm.create_model`` that build the network.
+        facts: What the model card says.
+        labels: ``label_names`` and ``label_descriptions`` of config.json.
+
+    Raises:
+        HubError: If an argument cannot be written as JSON.
+        OSError: If a file cannot be written.
+    """
+    try:
+        save_for_hf(
+            model, str(folder), model_config=dict(labels or {}), model_args=dict(model_args), safe_serialization=True)
+    except SafetensorError as error:
+        raise OSError(f'The weights could not be written to {folder}: {error}.') from error
+    except (TypeError, ValueError) as error:
+        raise HubError(f'config.json cannot be written: {error}') from error
+    write_card(model, folder / 'README.md', facts)
+
+
+def tell_network(source: Source, model: str | None, model_args: Mapping[str, Any] | None) -> Network:
+    """Tell which network a checkpoint is for, from what the user, the folder and the weights say, in this order.
+
+    Raises:
+        HubError: If they contradict each other, or leave an argument open.
+        CheckpointError: If the weights are none of these networks'.
+    """
+    found = describe_checkpoint(source.state)
+    name = model or source.config.get('architecture') or source.train_args.get('model') or found['model']
+    if not isinstance(name, str) or (model is None and name.startswith(_SOURCE_PREFIXES)):
+        name = found['model']
+    name = name.split('.')[0]
+    if name not in _VARIANTS:
+        raise HubError(f'{name!r} is no network of this package. There are {", ".join(_VARIANTS)}.')
+    same = name in (found['model'], f'eq_{found["model"]}')
+    kept = None if same else ('num_classes', 'in_chans', 'reparameterized')
+    args = {key: value for key, value in found['model_args'].items() if kept is None or key in kept}
+    pool = source.train_args.get('gp')
+    pooling = {'global_pool': pool} if pool else {}
+    for told in (source.config.get('model_args'), pooling, source.train_args.get('model_kwargs'), model_args):
+        if told is None:
+            continue
+        if not isinstance(told, Mapping):
+            raise HubError(f'The arguments of the network must be names and values, got {told!r}.')
+        args.update({key: value for key, value in told.items() if key not in _OF_THE_RUN})
+    for key in found['unknown']:
+        if key not in args:
+            raise HubError(
+                f'The checkpoint does not tell {key}, and {name} does not have these shapes: give it with '
+                f'--model-kwargs {key}=VALUE.')
+    _check_sizes(name, args, found)
+    return Network(name, args, found['layout'], tuple(key for key in found['assumed'] if key not in args))
+
+
+def _check_sizes(name: str, args: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse another size than the checkpoint's before a network of that size is built."""
+    seen = {**_VARIANTS[found['model']], **found['model_args']}
+    wanted = {**_VARIANTS[name], **args}
+    sizes = ['depths', 'dims', 'kernel_size']
+    if found['layout'] == 'timm-shiftwise' and not seen.get('reparameterized'):
+        sizes += ['num_paths', 'num_shuffles']
+    problems = [
+        f'{key}={seen[key]!r}, the network has {wanted.get(key)!r}'
+        for key in sizes if key in seen and _plain(seen[key]) != _plain(wanted.get(key, seen[key]))
+    ]
+    lengths = wanted['focus_lengths']
+    integers = isinstance(lengths, Sequence) and all(isinstance(length, int) and length > 0 for length in lengths)
+    groups = [num_groups(length, seen['kernel_size']) for length in lengths] if integers else None
+    if groups is None or (groups != list(found['groups']) and not problems):
+        problems.append(f'{list(found["groups"])} groups, the network has focus_lengths={lengths!r}')
+    if problems:
+        raise HubError(
+            f'The checkpoint is none of {name}: it has {"; ".join(problems)}. '
+            f'By its shapes it is of {found["model"]} with {found["model_args"] or "no other arguments"}.')
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _build(network: Network) -> ShiftwiseNet:
+    try:
+        return cast(ShiftwiseNet, timm.create_model(network.name, **network.args))
+    except (TypeError, ValueError) as error:
+        raise HubError(f'{network.name} cannot be built with {network.args}: {error}') from error
+
+
+def _configure(model: ShiftwiseNet, source: Source, network: Network) -> None:
+    """Set what config.json says of inputs and outputs: what training used, else what the network's usual cfg says."""
+    usual = resolve_pretrained_cfg(network.name)
+    cfg = usual.to_dict(remove_source=True)
+    cfg.pop('tag', None)
+    if network.layout == 'authors':
+        cfg['tag'] = 'authors_in1k'
+    told = source.config.get('pretrained_cfg')
+    if isinstance(told, dict):
+        cfg.update((key, value) for key, value in told.items() if key in _TOLD_BY_CONFIG)
+    cfg.update(architecture=network.name, num_classes=model.num_classes)
+    used = {key: source.train_args.get(key) for key in (
+        'input_size', 'img_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
+    used['in_chans'] = model.in_chans
+    try:
+        if used['input_size'] is None and used['img_size'] is None:
+            used['input_size'] = (model.in_chans, *cfg['input_size'][1:])
+        for key in ('mean', 'std'):
+            if used[key] is None and len(cfg[key]) != model.in_chans:
+                used[key] = [sum(cfg[key]) / len(cfg[key])] * model.in_chans
+        data = resolve_data_config(used, pretrained_cfg=cfg)
+        if data['input_size'] != tuple(usual.input_size):
+            cfg['pool_size'] = None
+        cfg.update(data)
+        sizes = [int(size) for size in data['input_size']]
+        if len(sizes) != 3 or sizes[0] != model.in_chans or not all(1 <= size <= 4096 for size in sizes):
+            raise ValueError(f'input_size {data["input_size"]!r} for {model.in_chans} channels')
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise HubError(f'The input that {source.file.parent} tells is no input: {error}.') from error
+    _set_config(model, cfg)
+
+
+def _set_config(model: ShiftwiseNet, cfg: dict[str, Any]) -> None:
+    vars(model).update(pretrained_cfg=cfg, default_cfg=cfg)
+
+
+def _labels(source: Source) -> dict[str, Any]:
+    return {key: source.config[key] for key in ('label_names', 'label_descriptions') if source.config.get(key)}
+
+
+def _images(model: ShiftwiseNet) -> Tensor:
+    return torch.randn(1, *config_of(model)['input_size'], generator=torch.Generator().manual_seed(0))
+
+
+def _compare(folder: Path, images: Tensor, logits: Tensor) -> float:
+    """Load a folder through timm and return how far its logits are off."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    with torch.inference_mode():
+        error = (model(images) - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
+    if not error <= _TOLERANCE:
+        raise HubError(
+            f'The folder does not give the logits of the source: they differ by {error:.1e} of the largest, '
+            f'at most {_TOLERANCE:.0e} is allowed.')
+    return error.item()
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.name or output.name == '..':
+        raise HubError(f'{str(output)!r} names no folder to write.')
+    if os.path.lexists(output) and not overwrite:
+        raise HubError(f'{output} is there already; --overwrite replaces it.')
+    if os.path.lexists(output) and (output.is_symlink() or not (output / 'config.json').is_file()):
+        raise HubError(f'{output} is no Hub folder: it is not replaced.')
+
+
+@contextmanager
+def _whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the output which takes its place when the body is through, and is removed if it is not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', suffix='.partial', dir=output.parent))
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _flush(file)
+        partial.chmod(0o777 & ~_umask())
+        _check_output(output, overwrite)
+        if output.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', suffix='.old', dir=output.parent))
+            output.rename(aside / output.name)
+            partial.rename(output)
+            shutil.rmtree(aside)
+        else:
+            partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(file: Path) -> None:
+    # the rename must not reach the disk before the content
+    with file.open('rb') as stream:
+        os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,320 @@
+"""Model cards in the form of timm's own on the Hub."""
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from timm.models._hub import generate_readme
+from torch import Tensor, nn
+
+from timm_shiftwise.layers import MergedLargeKernelConv2d, MergedShiftwiseConv2d
+from timm_shiftwise.models import ShiftwiseNet
+
+from .cost import Cost, sparsity_per_stage
+from .errors import HubError
+
+_PICTURE = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
+
+# by the paper's number on arXiv, or its name
+_CITATIONS = {
+    'ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect': """@inproceedings{li2025shiftwiseconv,
+  title     = {ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect},
+  author    = {Dachong Li and Li Li and Zhuangzhuang Chen and Jianqiang Li},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2025}
+}""",
+    'arXiv:2401.12736': """@article{li2024shift,
+  title   = {Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects},
+  author  = {Dachong Li and Li Li and Zhuangzhuang Chen and Jianqiang Li},
+  journal = {arXiv preprint arXiv:2401.12736},
+  year    = {2024}
+}""",
+    'arXiv:2207.03620': """@article{liu2022more,
+  title   = {More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity},
+  author  = {Liu, Shiwei and Chen, Tianlong and Chen, Xiaohan and Chen, Xuxi and Xiao, Qiao and Wu, Boqian and
+             Pechenizkiy, Mykola and Mocanu, Decebal and Wang, Zhangyang},
+  journal = {arXiv preprint arXiv:2207.03620},
+  year    = {2022}
+}""",
+}
+_TIMM_CITATION = """@misc{rw2019timm,
+  author = {Ross Wightman},
+  title = {PyTorch Image Models},
+  year = {2019},
+  publisher = {GitHub},
+  journal = {GitHub repository},
+  doi = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}"""
+
+# arguments of train.py worth telling; paths and names of machines and accounts are not among them
+_RECIPE = (
+    'epochs', 'warmup_epochs', 'cooldown_epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'lr_base',
+    'lr_base_size', 'weight_decay', 'momentum', 'clip_grad', 'layer_decay', 'sched', 'warmup_lr', 'min_lr', 'drop',
+    'drop_path', 'aa', 'aug_repeats', 'hflip', 'vflip', 'color_jitter', 'reprob', 'remode', 'mixup', 'cutmix',
+    'smoothing', 'bce_loss', 'model_ema', 'model_ema_decay', 'amp', 'amp_dtype', 'train_interpolation', 'seed',
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What only the user can know of the weights.
+
+    Attributes:
+        description: A sentence on the weights.
+        dataset: Name of the data set they were trained on, as the Hub knows it, such as ``imagenet-1k``.
+        license: Licence of the weights, as the Hub knows it.
+        results: Pairs of a result and its source.
+    """
+
+    description: str | None = None
+    dataset: str | None = None
+    license: str | None = None
+    results: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says that the network itself does not tell.
+
+    Attributes:
+        title: Name of the model.
+        reference: The name by which ``timm.create_model`` finds it.
+        architecture: Name of the network in timm's registry.
+        cost: What it costs for an image.
+        from_authors: Whether the weights were in the layout of the papers' authors.
+        train_args: args.yaml of train.py.
+        summary: Rows of train.py's summary.csv.
+        provenance: What the user says.
+    """
+
+    title: str
+    reference: str
+    architecture: str
+    cost: Cost
+    from_authors: bool = False
+    train_args: Mapping[str, Any] = field(default_factory=dict)
+    summary: Sequence[Mapping[str, str]] = ()
+    provenance: Provenance = field(default_factory=Provenance)
+
+
+def config_of(model: ShiftwiseNet) -> dict[str, Any]:
+    """What timm calls a network's ``pretrained_cfg``."""
+    return vars(model)['pretrained_cfg']
+
+
+def write_card(model: ShiftwiseNet, file: Path, facts: CardFacts) -> None:
+    """Write the model card of a network.
+
+    Args:
+        model: The network, its ``pretrained_cfg`` as it will be published.
+        file: The file to write, README.md of the folder.
+        facts: What else the card says.
+
+    Raises:
+        HubError: If a name that goes into the metadata is none that the Hub takes.
+        OSError: If the file cannot be written.
+    """
+    cfg = config_of(model)
+    papers = cfg.get('paper_ids') or ()
+    papers = (papers,) if isinstance(papers, str) else tuple(papers)
+    card = dict(
+        tags=['image-classification', 'timm', 'timm-shiftwise'],
+        library_name='timm',
+        license=_identifier(facts.provenance.license or cfg.get('license') or 'apache-2.0', 'licence'),
+        description=_description(facts, cfg),
+        details=_details(model, facts, cfg, papers),
+        usage=usage(model, facts.reference),
+        citation=[
+            *(_CITATIONS[paper] for paper in (cfg.get('paper_name'), *papers) if paper in _CITATIONS), _TIMM_CITATION],
+    )
+    file.write_text(generate_readme(card, _line(facts.title)), encoding='utf-8')
+
+
+def _description(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
+    kind = 'SLaK' if facts.architecture.startswith('slak') else 'shift-wise ConvNet'
+    sentences = [f'A {kind} image classification model, `{facts.architecture}` of timm-shiftwise.']
+    if facts.provenance.description:
+        sentences.append(_line(facts.provenance.description))
+    if facts.from_authors:
+        published = f' ({cfg["origin_url"]})' if cfg.get('origin_url') else ''
+        sentences.append(f"Converted from a checkpoint in the layout of the paper's authors{published}.")
+    if facts.train_args:
+        sentences.append("Trained with timm's train.py.")
+    sentences.append('Install it with `pip install timm-shiftwise`.')
+    return '\n'.join(sentences)
+
+
+def _details(
+        model: ShiftwiseNet,
+        facts: CardFacts,
+        cfg: Mapping[str, Any],
+        papers: tuple[str, ...],
+) -> dict[str, Any]:
+    channels, height, width = cfg['input_size']
+    details: dict[str, Any] = {
+        'Model Type': 'Image classification / feature backbone',
+        'Model Stats': [
+            f'Params (M): {facts.cost.parameters / 1e6:.2f}',
+            f'GMACs: {facts.cost.multiply_adds / 1e9:.2f}',
+            f'Activations (M): {facts.cost.activations / 1e6:.2f}',
+            f'Image size: {height} x {width}' + (f', {channels} channels' if channels != 3 else ''),
+            f'Classes: {model.num_classes}',
+        ],
+        'Form': _form(model),
+    }
+    shares = sparsity_per_stage(model)
+    if shares:
+        details['Sparsity'] = [f'Stage {i}: {share:.1%} of the groups pruned' for i, share in enumerate(shares)]
+    if facts.provenance.dataset:
+        details['Dataset'] = _identifier(facts.provenance.dataset, 'data set')
+    if facts.provenance.results:
+        details['Results'] = [
+            f'{_line(result)} (source: {_line(origin)})' for result, origin in facts.provenance.results]
+    if facts.train_args or facts.summary:
+        details['Training'] = _training(facts.train_args, facts.summary)
+    if papers:
+        details['Papers'] = [
+            f"{cfg.get('paper_name') or paper}: https://arxiv.org/abs/{paper.removeprefix('arXiv:')}"
+            for paper in papers
+        ]
+    if cfg.get('origin_url'):
+        details['Original'] = cfg['origin_url']
+    return details
+
+
+def _form(model: nn.Module) -> str:
+    merged = any(isinstance(module, (MergedShiftwiseConv2d, MergedLargeKernelConv2d)) for module in model.modules())
+    return 'merged for inference, cannot be trained further' if merged else 'as trained, can be trained further'
+
+
+def _training(args: Mapping[str, Any], summary: Sequence[Mapping[str, str]]) -> list[str]:
+    lines = []
+    recipe = {name: args[name] for name in _RECIPE if args.get(name) not in (None, False, '', [])}
+    if recipe:
+        told = ', '.join(f'{name} {_line(str(value))}' for name, value in recipe.items())
+        lines.append(f"Arguments of timm's train.py: {told}")
+    if isinstance(args.get('model_kwargs'), dict) and args['model_kwargs']:
+        told = ', '.join(f'{_line(str(name))}={_line(str(value))}' for name, value in args['model_kwargs'].items())
+        lines.append(f'Arguments of the model: {told}')
+    if summary:
+        lines.append(f'Epochs in the log (summary.csv): {len(summary)}')
+        best = _best(summary)
+        if best:
+            lines.append(best)
+    return lines
+
+
+def _best(summary: Sequence[Mapping[str, str]]) -> str | None:
+    """The epoch of the highest ``eval_top1``, in train.py's own words."""
+    rows = []
+    for row in summary:
+        try:
+            rows.append((float(row['eval_top1']), _line(row['epoch'])))
+        except (KeyError, ValueError):
+            continue
+    if not rows:
+        return None
+    top1, epoch = max(rows, key=lambda pair: pair[0])
+    return f"Highest eval_top1 in train.py's log: {top1:.2f}, in epoch {epoch}; the training run's own measurement"
+
+
+def usage(model: ShiftwiseNet, reference: str) -> str:
+    """The usage section: classification, feature maps and embeddings, each a block of code that runs as it is.
+
+    Args:
+        model: The network, its ``pretrained_cfg`` as it will be published.
+        reference: The name by which ``timm.create_model`` finds it.
+    """
+    channels, height, width = config_of(model)['input_size']
+    with torch.inference_mode():
+        images = torch.zeros(1, channels, height, width)
+        maps = cast(list[Tensor], model.forward_intermediates(images, intermediates_only=True))
+        features = model.forward_features(images)
+    blocks = [
+        ('Feature Map Extraction', _code(channels, reference, 'features_only=True,', f"""
+with torch.inference_mode():
+    output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
+
+for o in output:
+    # print shape of each feature map in output
+    # e.g.:
+{_shapes(maps)}
+    print(o.shape)
+""")),
+        ('Image Embeddings', _code(channels, reference, 'num_classes=0,  # remove classifier nn.Linear', f"""
+with torch.inference_mode():
+    output = model(transforms(img).unsqueeze(0))  # output is (batch_size, num_features) shaped tensor
+
+    # or equivalently (without needing to set num_classes=0)
+    output = model.forward_features(transforms(img).unsqueeze(0))
+    # output is unpooled, a {tuple(features.shape)} shaped tensor
+
+    output = model.forward_head(output, pre_logits=True)
+    # output is a (1, num_features) shaped tensor
+""")),
+    ]
+    if model.num_classes > 0:
+        blocks.insert(0, ('Image Classification', _code(channels, reference, '', f"""
+with torch.inference_mode():
+    output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
+
+top_probabilities, top_class_indices = torch.topk(output.softmax(dim=1) * 100, k={min(5, model.num_classes)})
+""")))
+    return '\n\n'.join(f'### {title}\n```python\n{code}```' for title, code in blocks)
+
+
+def _shapes(maps: Sequence[Tensor]) -> str:
+    return '\n'.join(f'    #  {tuple(feature.shape)}' for feature in maps)
+
+
+def _code(channels: int, reference: str, argument: str, body: str) -> str:
+    mode = {1: 'L', 3: 'RGB'}.get(channels)
+    if mode:
+        head = 'from urllib.request import urlopen\n\n'
+        image = f"img = Image.open(urlopen(\n    '{_PICTURE}'\n)).convert({mode!r})"
+        imports = 'from PIL import Image\n'
+        transforms = (
+            '# get model specific transforms (normalization, resize)\n'
+            'data_config = timm.data.resolve_model_data_config(model)\n'
+            'transforms = timm.data.create_transform(**data_config, is_training=False)\n')
+    else:
+        head, imports = '', ''
+        image = '# pictures files hold 1 or 3 channels, this network takes ' + f'{channels}: put your own data here'
+        transforms = (
+            'img = torch.rand(model.pretrained_cfg["input_size"])\n'
+            'transforms = torch.nn.Identity()  # and normalise it as training did\n')
+    lines = [f'    {reference!r},', '    pretrained=True,', *([f'    {argument}'] if argument else [])]
+    return (
+        f'{head}import timm\nimport timm_shiftwise  # registers the networks with timm\nimport torch\n{imports}\n'
+        f'{image}\n\nmodel = timm.create_model(\n' + '\n'.join(lines) + '\n)\nmodel = model.eval()\n\n'
+        f'{transforms}{body}')
+
+
+def refer_to(card: str, repo_id: str) -> str:
+    """A model card that names a repository where it named a folder: in its title, and in its usage.
+
+    Args:
+        card: Text of a README.md that :func:`write_card` wrote, edited or not.
+        repo_id: The repository, ``user/name``.
+    """
+    name = repo_id.split('/')[-1]
+    card = re.sub(r'^# Model card for .*$', f'# Model card for {name}', card, count=1, flags=re.MULTILINE)
+    return re.sub(
+        r'''(timm\.create_model\(\s*)(?:'local-dir:(?:\\.|[^'\\\n])*'|"local-dir:(?:\\.|[^"\\\n])*")''',
+        lambda match: match[1] + repr(f'hf-hub:{repo_id}'),
+        card,
+    )
+
+
+def _line(text: str) -> str:
+    """A text on one line, without what would start a block of Markdown or HTML."""
+    return ' '.join(text.split()).replace('<', '&lt;').replace('`', "'")
+
+
+def _identifier(name: str, what: str) -> str:
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._/-]*', name):
+        raise HubError(f'{name!r} is no {what} as the Hub names them: letters, digits, and ". _ / -" alone.')
+    return name

@@ -1,0 +1,194 @@
+"""Reading what a user wants to convert: a checkpoint from anywhere, not to be trusted.
+
+Files are only ever read as tensors. Beyond what ``torch.load(weights_only=True)`` refuses, a file that would take more
+memory than it has bytes is refused before it is unpacked.
+"""
+import csv
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import yaml
+from timm.models import load_state_dict
+from torch import Tensor
+
+from .errors import HubError
+
+TRAINED = ('model_best.pth.tar', 'last.pth.tar')
+"""Weights that timm's train.py leaves in its output folder, the ones to prefer first."""
+
+SAVED = ('model.safetensors',)
+"""Weights of a Hub folder."""
+
+_MAX_TEXT = 2 ** 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and what lies beside it.
+
+    Attributes:
+        file: The file of weights.
+        state: The weights, without what they were saved under and without prefixes.
+        config: config.json of a Hub folder; empty for others.
+        train_args: args.yaml of train.py; empty for others.
+        summary: Rows of train.py's summary.csv.
+    """
+
+    file: Path
+    state: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    train_args: dict[str, Any] = field(default_factory=dict)
+    summary: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_source(path: str | Path, use_ema: bool = True) -> Source:
+    """Read a checkpoint file, an output folder of train.py, or a Hub folder.
+
+    Args:
+        path: The file or folder.
+        use_ema: Prefer the averaged weights where a checkpoint has both.
+
+    Raises:
+        HubError: If there are no weights, or the file is broken or hostile.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Source(path, read_weights(path, use_ema))
+    file = next((path / name for name in (*TRAINED, *SAVED) if (path / name).exists()), None)
+    if file is None:
+        raise HubError(f'The folder {path} has no weights: looked for {", ".join((*TRAINED, *SAVED))}.')
+    if file.name in SAVED:
+        return Source(file, read_weights(file, use_ema), config=_read_json(path / 'config.json'))
+    return Source(
+        file,
+        read_weights(file, use_ema),
+        train_args=_read_yaml(path / 'args.yaml'),
+        summary=_read_csv(path / 'summary.csv'),
+    )
+
+
+def read_weights(file: Path, use_ema: bool = True) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint file.
+
+    Args:
+        file: A .safetensors file, or one that ``torch.save`` wrote.
+        use_ema: Prefer the averaged weights where a checkpoint has both.
+
+    Raises:
+        HubError: If the file is missing, broken, asks for more than tensors, or unpacks to more than it holds.
+    """
+    try:
+        is_file = stat.S_ISREG(os.stat(file).st_mode)
+    except OSError as error:
+        raise HubError(f'The checkpoint {file} cannot be read: {error.strerror}.') from error
+    if not is_file:
+        raise HubError(f'The checkpoint {file} is no file.')
+    if file.suffix != '.safetensors':
+        _check_archive(file)
+    try:
+        state = load_state_dict(str(file), use_ema=use_ema)
+    except Exception as error:
+        raise HubError(_why_unreadable(file, error)) from error
+    _check_tensors(state, file)
+    return state
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse an archive that ``torch.save`` would not have written: packed entries, or entries on top of each other."""
+    if not zipfile.is_zipfile(file):
+        return
+    size = file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise HubError(f'The checkpoint {file} is a broken archive: {error}.') from error
+    for entry in entries:
+        name = PurePosixPath(entry.filename)
+        if name.is_absolute() or '..' in name.parts or '\\' in entry.filename or ':' in entry.filename:
+            raise HubError(
+                f'The checkpoint {file} is refused: it has an entry named {entry.filename!r}, which points out of it.')
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise HubError(
+                f'The checkpoint {file} is refused: its entry {entry.filename!r} is packed '
+                f'({entry.compress_size} bytes for {entry.file_size}), which torch.save never does.')
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > size:
+        raise HubError(
+            f'The checkpoint {file} is refused: its entries claim {unpacked} bytes, the file has {size}.')
+
+
+def _check_tensors(state: Mapping[str, Any], file: Path) -> None:
+    if not state:
+        raise HubError(f'The checkpoint {file} holds nothing.')
+    size = file.stat().st_size
+    claimed = 0
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise HubError(
+                f'The checkpoint {file} is no state dict: under {key!r} it has a {type(value).__name__}, not a tensor.')
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != 'cpu':
+            raise HubError(
+                f'The checkpoint {file} is refused: {key!r} is no plain tensor ({value.layout}, {value.device.type}).')
+        claimed += value.numel() * value.element_size()
+        if claimed > size:
+            raise HubError(
+                f'The checkpoint {file} is refused: its tensors up to {key!r}, {tuple(value.shape)}, claim {claimed} '
+                f'bytes, the file has {size}.')
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    line = str(error).strip().split('\n')[0] or type(error).__name__
+    if 'weights_only' in line:
+        return (
+            f'The checkpoint {file} is refused: it is a pickle that asks for more than tensors, which could run code. '
+            f'{line} Nothing of it was run. If you trust where it comes from, load it yourself and save the weights '
+            f'alone: torch.save(checkpoint["model"], FILE).')
+    return f'The checkpoint {file} cannot be read, it is cut short or of another kind: {line}'
+
+
+def _read_text(file: Path) -> str:
+    if not file.is_file():
+        return ''
+    if file.stat().st_size > _MAX_TEXT:
+        raise HubError(f'{file} is refused: it is larger than {_MAX_TEXT} bytes.')
+    try:
+        return file.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise HubError(f'{file} cannot be read: {error}.') from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return _mapping(json.loads(_read_text(file) or '{}'), file)
+    except (ValueError, RecursionError) as error:
+        raise HubError(f'{file} is no JSON: {error}.') from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        return _mapping(yaml.safe_load(_read_text(file)) or {}, file)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise HubError(f'{file} is no YAML of plain values: {error}.') from error
+
+
+def _mapping(value: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise HubError(f'{file} must hold names and values, it holds a {type(value).__name__}.')
+    return value
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    try:
+        rows = list(csv.DictReader(_read_text(file).splitlines()))
+    except csv.Error as error:
+        raise HubError(f'{file} is no table: {error}.') from error
+    # a run that was resumed with other metrics leaves rows of another length
+    return [{k: v for k, v in row.items() if isinstance(k, str) and isinstance(v, str)} for row in rows]
