@@ -285,6 +285,31 @@ def test_an_optimizer_of_something_else_is_not_listened_to():
     assert model.sparsity.phase == WAITING
 
 
+def test_frozen_layers_are_left_alone():
+    model = make_model(prune_interval=1)
+    model.stages[0].requires_grad_(False)
+    frozen = model.stages[0].blocks[0].conv_dw
+    weight = frozen.weight.clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    train_steps(model, optimizer, 4)
+    assert frozen.mask.all() and torch.equal(frozen.weight, weight)
+    rest = [layer.mask for layer in model.sparsity.layers()[1:]]
+    total = sum(m.numel() for m in rest)
+    assert abs(sum(int(m.sum()) for m in rest) - 0.6 * total) <= 1
+
+
+def test_a_network_without_its_last_stages_trains_sparse():
+    model = make_model()
+    model.prune_intermediate_layers([1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.forward_intermediates(torch.randn(2, 3, 32, 32), intermediates_only=True)[0].square().mean().backward()
+        optimizer.step()
+    assert model.sparsity.phase == RUNNING
+    assert not all(m.all() for m in masks_of(model))
+
+
 def test_an_ema_copy_has_the_masks_of_its_model():
     model = make_model(prune_interval=1)
     ema = ModelEmaV3(model, decay=0.9)

@@ -20,8 +20,8 @@ from torch.optim.optimizer import (
 class Follower(Protocol):
     """What hears of optimiser steps."""
 
-    def followed_parameter(self) -> nn.Parameter:
-        """A parameter that tells whether an optimiser is the one to listen to."""
+    def followed_parameters(self) -> list[nn.Parameter]:
+        """Parameters any of which tells that an optimiser is the one to listen to."""
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Called before a step that will be taken, gradients in place."""
@@ -36,7 +36,7 @@ _handles: list[Any] = []
 
 
 def follow(follower: Follower) -> None:
-    """Let a follower hear of the steps of the optimiser that holds its parameter, as long as it lives."""
+    """Let a follower hear of the steps of the optimiser that holds its parameters, as long as it lives."""
     key = id(follower)
     with _lock:
         _followers[key] = weakref.ref(follower, lambda _: _forget(key))
@@ -62,7 +62,7 @@ def _listeners(optimizer: Optimizer) -> list[Follower]:
     with _lock:
         alive = [follower for ref in _followers.values() if (follower := ref()) is not None]
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
-    return [follower for follower in alive if id(follower.followed_parameter()) in held]
+    return [follower for follower in alive if any(id(p) in held for p in follower.followed_parameters())]
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -3,6 +3,7 @@
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.3; SLaK (arXiv 2207.03620), Section 4.
 """
 import logging
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -129,15 +130,19 @@ class SparsitySchedule(nn.Module):
         return shares
 
     @torch.jit.ignore
-    def followed_parameter(self) -> nn.Parameter:
+    def followed_parameters(self) -> list[nn.Parameter]:
         """See :class:`timm_shiftwise.sparsity.follow.Follower`."""
-        return self.layers()[0].weight
+        return [layer.weight for layer in self.layers()]
+
+    def _trained(self) -> list[tuple[int, ShiftwiseConv2d]]:
+        """The layers that have gradients, with their index: frozen ones, and those that features drop, have none."""
+        return [(i, layer) for i, layer in enumerate(self.layers()) if layer.weight.grad is not None]
 
     @torch.jit.ignore
     def before_step(self, optimizer: Optimizer) -> None:
         """Draw the masks at the first step, whose gradients tell the densities."""
         self._fresh_optimizer = len(optimizer.state) == 0
-        if self._phase == WAITING and all(layer.weight.grad is not None for layer in self.layers()):
+        if self._phase == WAITING and self._trained():
             self._draw_masks(optimizer)
 
     @torch.jit.ignore
@@ -155,16 +160,17 @@ class SparsitySchedule(nn.Module):
             self._update_masks(optimizer)
 
     def _draw_masks(self, optimizer: Optimizer) -> None:
-        layers = self.layers()
+        trained = self._trained()
         if self.sparsity_init == 'snip':
-            counts = snip_counts([snip_saliency(layer.weight, layer.weight.grad) for layer in layers], self.sparsity)
+            saliencies = [snip_saliency(layer.weight, cast(Tensor, layer.weight.grad)) for _, layer in trained]
+            counts = snip_counts(saliencies, self.sparsity)
         else:
-            counts = uniform_counts([layer.mask.numel() for layer in layers], self.sparsity)
-        for index, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+            counts = uniform_counts([layer.mask.numel() for _, layer in trained], self.sparsity)
+        for (index, layer), count in zip(trained, counts, strict=True):
             channels, maps = layer.mask.shape
             mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
             self._put_mask(layer, mask, mask, optimizer)
-            layer.weight.grad.mul_(layer.mask[:, :, None, None])
+            cast(Tensor, layer.weight.grad).mul_(layer.mask[:, :, None, None])
         self._set(RUNNING, 0)
         _log(
             'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
@@ -173,7 +179,7 @@ class SparsitySchedule(nn.Module):
 
     def _update_masks(self, optimizer: Optimizer) -> None:
         rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
-        for index, layer in enumerate(self.layers()):
+        for index, layer in self._trained():
             magnitude = layer.weight.abs().sum(dim=(0, 3, 4))
             standing, grown = prune_and_regrow(
                 layer.mask, magnitude, rate, self.sparsity_seed, self._step, index)
