@@ -30,7 +30,7 @@ def test_each_command_explains_itself(name, capsys):
 
 def test_help_lists_the_commands_in_the_tables_order(capsys):
     assert exit_status('--help') == 0
-    listed = re.findall(r'^    (\w+)  ', capsys.readouterr().out, flags=re.MULTILINE)
+    listed = re.findall(r'^    (\w+)', capsys.readouterr().out, flags=re.MULTILINE)
     assert listed == list(COMMANDS)
 
 
