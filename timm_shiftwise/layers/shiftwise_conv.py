@@ -122,6 +122,10 @@ class ShiftwiseConv2d(nn.Module):
         refuse_other_geometry(state_dict, prefix, self._geometry(), args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn, recurse: bool = True):
+        # model.to(memory_format=torch.channels_last) converts whatever has five axes, too, and fails: show it six
+        return super()._apply(lambda t: fn(t[None])[0] if t.ndim == 5 else fn(t), recurse)
+
     def reset_parameters(self) -> None:
         """Draw the small kernels anew: truncated normal, standard deviation 0.02."""
         trunc_normal_(self.weight, std=.02)
@@ -132,6 +136,8 @@ class ShiftwiseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
+        if self.num_ghost > 0:
+            x = x.contiguous()  # or each of the two selections makes a copy of its own
         worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x
         h, v, i = shiftwise_conv2d(
             worked,

@@ -64,7 +64,8 @@ def _dispatched(
         padding: str,
         backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_autocast_enabled(x.device.type):
+    # PyTorch refuses the question for the meta device
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     tables = (horizontal, vertical, identity)
