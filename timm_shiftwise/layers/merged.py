@@ -166,6 +166,8 @@ class MergedShiftwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         refuse_training(self.training)
+        if self.num_ghost > 0:
+            x = x.contiguous()  # or each of the two selections makes a copy of its own
         worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x
         if self.padding == 'full':
             out = large_kernel_conv2d(worked, self.tall, self.wide, self.bias)

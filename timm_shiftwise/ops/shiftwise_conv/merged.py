@@ -273,10 +273,11 @@ def large_kernel_conv2d(x: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> 
     Returns:
         Output [B, C, H, W].
     """
-    out = depthwise_conv2d(x, tall, bias)
     if torch.jit.is_scripting():
-        return out + depthwise_conv2d(x, wide)
+        return depthwise_conv2d(x, tall, bias) + depthwise_conv2d(x, wide)
     else:
-        if x.device.type == 'cpu' and not graph_leaves_python():
-            return out + wide_conv2d(x, wide)
-        return out + depthwise_conv2d(x, wide)
+        if graph_leaves_python() or torch.compiler.is_compiling() or x.device.type != 'cpu':
+            return depthwise_conv2d(x, tall, bias) + depthwise_conv2d(x, wide)
+        tall, wide = within_reach(tall, x.shape[2], x.shape[3]), within_reach(wide, x.shape[2], x.shape[3])
+        turned = depthwise_conv2d(x.mT.contiguous(), wide.mT.contiguous())
+        return depthwise_conv2d(x, tall, bias).add_(turned.mT)
