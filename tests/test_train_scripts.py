@@ -1,0 +1,263 @@
+"""timm's own scripts, unmodified, with our models on a folder of images.
+
+train.py runs by itself, the others through the launcher. They are not in timm's wheel: the tests take them from the
+directory that TIMM_SCRIPTS names.
+"""
+import csv
+import json
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+import timm_shiftwise
+from timm_shiftwise.cli.recipe import recipes
+
+MODEL = 'test_sw'
+CLASSES = ('blue', 'green', 'red')
+TRAIN_IMAGES, VALIDATION_IMAGES = 16, 8  # of each class
+BATCH_SIZE = 8
+UPDATES = TRAIN_IMAGES * len(CLASSES) // BATCH_SIZE  # in an epoch
+
+SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS') or 'TIMM_SCRIPTS is not set')
+LAUNCHER = [sys.executable, '-m', 'timm_shiftwise', 'run']
+COMMAND = shutil.which('timm-shiftwise', path=sysconfig.get_path('scripts'))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (SCRIPTS / 'train.py').is_file(),
+        reason="TIMM'S SCRIPTS NOT TESTED: train.py, validate.py, inference.py, benchmark.py and bulk_runner.py are "
+               f"not in timm's wheel. Clone pytorch-image-models at v{timm.__version__} and set TIMM_SCRIPTS to that "
+               f"directory (now: {os.environ.get('TIMM_SCRIPTS', 'not set')})"),
+]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """An image folder of three classes that colour tells apart, 64 x 64 px, with noise."""
+    root = tmp_path_factory.mktemp('images')
+    generator = np.random.default_rng(0)
+    for split, images in (('train', TRAIN_IMAGES), ('validation', VALIDATION_IMAGES)):
+        for channel, name in zip((2, 1, 0), CLASSES, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(images):
+                pixels = generator.integers(0, 128, (64, 64, 3), dtype=np.uint8)
+                pixels[..., channel] += 128
+                Image.fromarray(pixels).save(folder / f'{index}.png')
+    return root
+
+
+def environment() -> dict[str, str]:
+    """The package importable from anywhere, no GPU, one thread in each process."""
+    path = [str(Path(timm_shiftwise.__file__).parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    return os.environ | {'PYTHONPATH': os.pathsep.join(path), 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+
+
+def execute(command: list[str], cwd: Path) -> str:
+    """Run a command and return its standard output followed by its standard error."""
+    result = subprocess.run(
+        command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, f'{command}\n{result.stdout}\n{result.stderr}'
+    return result.stdout + result.stderr
+
+
+def train_command(data: Path, output: Path, *options: str, epochs: int = 2) -> list[str]:
+    """train.py as the interpreter runs it, without the launcher; its results go to output/run."""
+    return [
+        sys.executable, str(SCRIPTS / 'train.py'), '--device-modules', 'timm_shiftwise', '--model', MODEL,
+        '--data-dir', str(data), '--num-classes', str(len(CLASSES)), '--img-size', '64', '--device', 'cpu',
+        '--batch-size', str(BATCH_SIZE), '--workers', '1', '--opt', 'adamw', '--lr', '4e-3', '--warmup-epochs', '0',
+        '--epochs', str(epochs), '--log-interval', '1', '--output', str(output), '--experiment', 'run', *options,
+    ]
+
+
+def summary(output: Path) -> list[dict[str, float]]:
+    """Rows that train.py wrote, one an epoch."""
+    with open(output / 'run' / 'summary.csv') as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def checkpoint(output: Path, name: str = 'last.pth.tar') -> dict:
+    return torch.load(output / 'run' / name, map_location='cpu', weights_only=False)
+
+
+def launch(script: str, data: Path, checkpoint: Path, *options: str) -> list[str]:
+    """A script of timm on the validation images with the trained network, through the launcher."""
+    return [
+        *LAUNCHER, script, '--data-dir', str(data), '--model', MODEL, '--num-classes', str(len(CLASSES)),
+        '--img-size', '64', '--crop-pct', '1.0', '--device', 'cpu', '--workers', '1', '--batch-size', str(BATCH_SIZE),
+        '--checkpoint', str(checkpoint), *options,
+    ]
+
+
+def result(output: str):
+    """What the scripts print for other programs to read."""
+    return json.JSONDecoder().raw_decode(output.split('--result')[-1].lstrip())[0]
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory) -> Path:
+    """Output of four epochs of train.py with a moving average of the weights."""
+    output = tmp_path_factory.mktemp('trained')
+    execute(train_command(
+        data, output, '--crop-pct', '1.0', '--model-ema', '--model-ema-decay', '0.8', epochs=4), cwd=output)
+    return output
+
+
+def test_train_learns_and_keeps_a_moving_average(trained):
+    rows = summary(trained)
+    assert [row['epoch'] for row in rows] == [0, 1, 2, 3]
+    assert rows[-1]['train_loss'] < rows[0]['train_loss'] < 1.2 * math.log(len(CLASSES))
+    assert max(row['eval_top1'] for row in rows) > 200 / len(CLASSES)
+    state = checkpoint(trained)
+    assert state['state_dict'].keys() == state['state_dict_ema'].keys()
+    weight, averaged = (state[name]['stages.0.blocks.0.conv_dw.weight'] for name in ('state_dict', 'state_dict_ema'))
+    assert (weight - averaged).abs().max() > 0
+    for name, table in timm.create_model(MODEL).named_buffers():
+        if name.endswith(('.horizontal', '.vertical', '.identity', '.kept', '.ghost')):  # the wiring stays
+            assert torch.equal(state['state_dict'][name], table), name
+            assert torch.equal(state['state_dict_ema'][name], table), name
+
+
+@pytest.mark.parametrize('options', [
+    ['--grad-accum-steps', '2'],
+    ['--amp', '--amp-dtype', 'bfloat16'],
+    ['--channels-last'],
+    ['--torchcompile'],
+    ['--grad-checkpointing', '--drop-path', '0.1', '--clip-grad', '1.0'],
+], ids=lambda options: options[0])
+def test_train_takes_the_option(options, data, tmp_path):
+    output = execute(train_command(data, tmp_path, *options, epochs=1), cwd=tmp_path)
+    updates = UPDATES // 2 if '--grad-accum-steps' in options else UPDATES
+    assert f'Train: 0 [{updates - 1:>4d}/{updates} (100%)]' in output
+    (row,) = summary(tmp_path)
+    assert math.isfinite(row['train_loss']) and math.isfinite(row['eval_loss'])
+    assert checkpoint(tmp_path)['state_dict'].keys() == timm.create_model(MODEL).state_dict().keys()
+
+
+def test_train_killed_in_the_middle_of_an_epoch_resumes(data, tmp_path):
+    options = ['--model-ema', '--model-ema-decay', '0.8']
+    with subprocess.Popen(
+            train_command(data, tmp_path, *options), env=environment(), cwd=tmp_path, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        log = []
+        for line in process.stderr:
+            log.append(line)
+            if line.startswith(f'Train: 1 [   0/{UPDATES}'):
+                process.kill()
+        assert process.wait() == -9, ''.join(log)
+    assert not any(line.startswith(f'Train: 1 [{UPDATES - 1:>4d}/') for line in log), 'the epoch was over'
+    before = checkpoint(tmp_path)
+    assert before['epoch'] == 0
+
+    last = str(tmp_path / 'run' / 'last.pth.tar')
+    output = execute(train_command(data, tmp_path / 'resumed', *options, '--resume', last), cwd=tmp_path)
+    assert f"Loaded checkpoint '{last}' (epoch 0)" in output
+    assert 'Train: 0 [' not in output and f'Train: 1 [{UPDATES - 1:>4d}/{UPDATES} (100%)]' in output
+    (row,) = summary(tmp_path / 'resumed')
+    assert row['epoch'] == 1
+    after = checkpoint(tmp_path / 'resumed')
+    assert after['epoch'] == 1
+    steps = {int(state['step']) for state in after['optimizer']['state'].values()}
+    assert steps == {2 * UPDATES}  # the optimiser's memory came back too
+    assert after['state_dict']['sparsity.step'] == 2 * UPDATES
+    assert (after['state_dict']['head.fc.weight'] - before['state_dict']['head.fc.weight']).abs().max() > 0
+
+
+def test_train_continues_from_the_very_state_it_saved(data, trained, tmp_path):
+    """Resumed with hardly any learning rate, weights, wiring and masks are those of the checkpoint an epoch later."""
+    last = str(trained / 'run' / 'last.pth.tar')
+    state = checkpoint(trained)['state_dict']
+    execute(train_command(
+        data, tmp_path, '--resume', last, '--no-resume-opt', '--lr', '1e-30', '--weight-decay', '0', epochs=5),
+        cwd=tmp_path)
+    resumed = checkpoint(tmp_path)['state_dict']
+    for name, value in state.items():
+        if not name.startswith('sparsity.') and 'running' not in name and 'num_batches' not in name:
+            assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize('options', [[], ['--reparam'], ['--torchcompile']], ids=lambda options: ' '.join(options))
+def test_validate_finds_the_accuracy_that_train_wrote(options, data, trained):
+    output = execute(launch('validate.py', data, trained / 'run' / 'last.pth.tar', '--use-ema', *options), cwd=trained)
+    assert result(output)['top1'] == pytest.approx(summary(trained)[-1]['eval_top1'], abs=0.01)
+
+
+def test_inference_labels_as_the_network_does(data, trained):
+    pytest.importorskip('pandas', reason="timm's inference.py needs pandas: pip install pandas")
+    saved = trained / 'run' / 'last.pth.tar'
+    options = ['--split', 'validation', '--include-index', '--fullname', '--topk', '1', '--label-type', 'index']
+    predictions = result(execute(launch('inference.py', data / 'validation', saved, *options), cwd=trained))
+    assert len(predictions) == VALIDATION_IMAGES * len(CLASSES)
+
+    model = timm.create_model(MODEL, num_classes=len(CLASSES), checkpoint_path=str(saved)).eval()
+    config = timm.data.resolve_data_config({'input_size': (3, 64, 64), 'crop_pct': 1.0}, model=model)
+    transform = timm.data.create_transform(**config)
+    for name, prediction in predictions.items():
+        with torch.inference_mode():
+            probabilities = model(transform(Image.open(data / 'validation' / name))[None]).softmax(-1)[0]
+        assert prediction['index'] == probabilities.argmax().item()
+        assert prediction['prob'] == pytest.approx(probabilities.max().item(), abs=1e-4)
+
+
+BENCHMARK = [
+    '--device', 'cpu', '--batch-size', '2', '--img-size', '64', '--num-warm-iter', '1', '--num-bench-iter', '5']
+
+
+def test_benchmark_times_inference_and_training(tmp_path):
+    row = result(execute([*LAUNCHER, 'benchmark.py', '--model', MODEL, *BENCHMARK, '--bench', 'both'], cwd=tmp_path))
+    assert row['model'] == MODEL
+    assert row['infer_samples_per_sec'] > 0 and row['train_samples_per_sec'] > 0
+
+
+@pytest.mark.skipif(
+    COMMAND is None, reason='the command timm-shiftwise is not installed for this Python: pip install -e .')
+def test_bulk_runner_runs_a_script_for_each_of_our_models(tmp_path):
+    execute([
+        *LAUNCHER, 'bulk_runner.py', '--model-list', f'{MODEL}*', '--results-file', 'bench.csv',
+        'benchmark.py', *BENCHMARK, '--bench', 'infer'], cwd=tmp_path)
+    with open(tmp_path / 'bench.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['model'] for row in rows] == timm.list_models(f'{MODEL}*')
+    assert all(float(row['infer_samples_per_sec']) > 0 for row in rows)
+
+
+@pytest.mark.parametrize('model', recipes())
+def test_train_knows_every_argument_of_the_recipe(model, monkeypatch):
+    script = runpy.run_path(str(SCRIPTS / 'train.py'), run_name='train')
+    path = recipes()[model]
+    recipe = yaml.safe_load(Path(path).read_text())
+    known = {action.dest: action for action in script['parser']._actions}
+    assert recipe.keys() <= known.keys()
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--config', path])
+    args, _ = script['_parse_args']()
+    for name, value in recipe.items():
+        assert getattr(args, name) == value
+        expected = float if known[name].type is float else type(known[name].default)
+        assert known[name].default is None or isinstance(value, expected), name
+
+
+def test_train_runs_the_recipe_on_a_small_scale(data, tmp_path):
+    config = tmp_path / 'recipe.yaml'
+    config.write_text(Path(recipes()['sw_tiny']).read_text() + 'model_kwargs: {sparsity_steps: 12}\n')
+    execute([
+        sys.executable, str(SCRIPTS / 'train.py'), '--config', str(config), '--model', MODEL,
+        '--data-dir', str(data), '--num-classes', str(len(CLASSES)), '--img-size', '64', '--device', 'cpu',
+        '--batch-size', str(BATCH_SIZE), '--grad-accum-steps', '1', '--workers', '1', '--epochs', '2',
+        '--warmup-epochs', '1', '--output', str(tmp_path), '--experiment', 'run',
+    ], cwd=tmp_path)
+    assert [math.isfinite(row['train_loss']) for row in summary(tmp_path)] == [True, True]
+    assert checkpoint(tmp_path)['args'].model_kwargs == {'sparsity_steps': 12}
