@@ -71,6 +71,8 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
+# a compiled optimizer.step must not be compiled anew for every state of the schedule
+@torch.compiler.disable
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not _is_skipped(optimizer):
@@ -78,6 +80,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             follower.before_step(optimizer)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not _is_skipped(optimizer):
