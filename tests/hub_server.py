@@ -6,6 +6,7 @@ preupload, LFS, commit), and keeps everything in memory. Point HF_ENDPOINT at `H
 import base64
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import socket
@@ -155,7 +156,11 @@ def connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubSe
         'HF_HUB_DISABLE_XET': True,
     }
     for name, value in settings.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(huggingface_hub.constants, name, value, raising=False)
+        # versions before 1.0 hold copies
+        for module in ('file_download', 'hf_api', 'lfs', '_commit_api'):
+            if hasattr(importlib.import_module(f'huggingface_hub.{module}'), name):
+                monkeypatch.setattr(f'huggingface_hub.{module}.{name}', value)
     for variable in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
         monkeypatch.delenv(variable, raising=False)
     impatient = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.)

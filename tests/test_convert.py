@@ -21,6 +21,7 @@ import timm
 import torch
 import yaml
 from authors_networks import AuthorsNetwork
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
@@ -32,6 +33,8 @@ from timm_shiftwise.hub.model_card import Provenance
 from timm_shiftwise.models.checkpoint import CheckpointError
 
 SMALL = dict(depths=(1, 2, 1, 1), dims=(12, 16, 24, 32), focus_lengths=(15, 13, 11, 7))
+TIMM_READS_ANY_CHANNELS = Version(timm.__version__) >= Version('1.0.31')
+"""Earlier versions leave out first convolutions of other than 1 or 3 channels when they read weights."""
 KINDS = [('slak', 5, 'slak_tiny'), ('sw', 5, 'sw_tiny'), ('sw_v2', 3, 'sw_v2_tiny')]
 
 
@@ -102,7 +105,7 @@ def test_slak_weights_become_the_network_of_small_kernels(tmp_path):
     ('test_sw', dict(num_classes=7)),
     ('test_sw', dict(num_classes=0)),
     ('test_sw', dict(in_chans=1)),
-    ('test_sw', dict(in_chans=6)),
+    *([('test_sw', dict(in_chans=6))] if TIMM_READS_ANY_CHANNELS else []),
     ('test_sw', dict(focus_lengths=(9, 9, 9, 5), kernel_size=3, num_paths=1, num_shuffles=2, ghost_ratio=0.5)),
     ('test_sw', dict(global_pool='max')),
     ('p_sw_tiny', dict(SMALL, num_classes=3)),
@@ -259,7 +262,7 @@ def blocks(card: str) -> list[str]:
 @pytest.mark.parametrize('name, kwargs, reparameterize, count', [
     ('test_sw', {}, False, 3),
     ('test_sw', dict(in_chans=1, num_classes=2), True, 3),
-    ('test_sw', dict(in_chans=5), False, 3),
+    *([('test_sw', dict(in_chans=5), False, 3)] if TIMM_READS_ANY_CHANNELS else []),
     ('test_sw', dict(num_classes=0), False, 2),
     ('slak_tiny', dict(SMALL, num_classes=3), True, 3),
     ('sw_v2_tiny', dict(SMALL, num_classes=3), True, 3),

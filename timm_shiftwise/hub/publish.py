@@ -1,7 +1,9 @@
 """From a Hub folder to a repository on the Hub, in one commit."""
 import os
 import re
+import shutil
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -207,20 +209,31 @@ def _read_card(folder: Path) -> str:
         raise HubError(f'{folder / CARD} cannot be read: {error}.') from error
 
 
+def _stand_in(file: Path, place: Path) -> None:
+    try:
+        place.symlink_to(file.resolve())
+    except OSError:  # not everybody may make links on Windows
+        shutil.copyfile(file, place)
+
+
 def _check_loads(folder: Path) -> str:
-    """Load the folder as a user would.
+    """Load what will be sent as a user would, and nothing else that lies in the folder.
 
     Returns:
         Name of the network.
     """
     output = None
-    try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        if isinstance(model, ShiftwiseNet):
-            with torch.inference_mode():
-                output = model(torch.zeros(1, *config_of(model)['input_size']))
-    except Exception as error:  # whatever keeps it from loading
-        raise HubError(f'{folder} does not load, nothing is published: {sentence(error)}') from error
+    with tempfile.TemporaryDirectory() as alone:
+        try:
+            for name in (WEIGHTS, CONFIG):
+                _stand_in(folder / name, Path(alone) / name)
+            model = timm.create_model(f'local-dir:{alone}', pretrained=True).eval()
+            if isinstance(model, ShiftwiseNet):
+                with torch.inference_mode():
+                    output = model(torch.zeros(1, *config_of(model)['input_size']))
+        except Exception as error:  # whatever keeps it from loading
+            told = sentence(error).replace(alone, str(folder))
+            raise HubError(f'{folder} does not load, nothing is published: {told}') from error
     if output is None:
         raise HubError(f'{folder} holds a {type(model).__name__}, which is no network of this package.')
     if not output.isfinite().all():

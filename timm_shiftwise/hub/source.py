@@ -93,7 +93,7 @@ def read_weights(file: Path, use_ema: bool = True) -> dict[str, Tensor]:
     if file.suffix != '.safetensors':
         _check_archive(file)
     try:
-        state = load_state_dict(str(file), use_ema=use_ema)
+        state = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
     except Exception as error:
         raise HubError(_why_unreadable(file, error)) from error
     _check_tensors(state, file)

@@ -6,6 +6,7 @@ there ends in an error of theirs or of the file format's, which seldom names the
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ def _explain_hub(
             f'There are no weights of {name} in {what}: it has no file {" or ".join(weights)}.'
             + (f'\n{_ways_on(variant, cfg)}' if registered else ''))
     failed = f'The weights of {name} could not be fetched from {what}: '
+    # before huggingface_hub 1.0 a file missing from the cache was an answer of the server's, too
+    causes = [cause for cause in causes if not isinstance(cause, LocalEntryNotFoundError)]
     answer = first(HfHubHTTPError)
     if isinstance(answer, HfHubHTTPError):
         refused = answer.response is not None and answer.response.status_code in (401, 403)
@@ -155,7 +158,7 @@ def _explain_hub(
     if transport is not None:
         return PretrainedWeightsError(
             f'{failed}the server was not reached, or the connection was cut ({type(transport).__name__}: '
-            f'{transport}). What had arrived was discarded; try again.')
+            f'{transport}). Try again.')
     for file in weights:
         cached = try_to_load_from_cache(repo_id, file, cache_dir=cache_dir, revision=revision or None)
         if isinstance(cached, str) and (reason := _unreadable(Path(cached))):
@@ -169,10 +172,12 @@ def _explain_hub(
 
 def _ways_on(variant: str, cfg: PretrainedCfg) -> str:
     published = f' The authors publish at {cfg.origin_url}.' if cfg.origin_url else ''
+    has_recipe = (files('timm_shiftwise') / 'recipes' / f'{variant}.yaml').is_file()
+    recipe = f'--config "$(timm-shiftwise recipe {variant})" ' if has_recipe else ''
     return (
         'Three ways on:\n'
-        f'  - Train the network: python train.py --device-modules timm_shiftwise --model {variant} '
-        f'--config "$(timm-shiftwise recipe {variant})" --data-dir IMAGENET\n'
+        f'  - Train the network: python train.py --device-modules timm_shiftwise --model {variant} {recipe}'
+        f'--data-dir IMAGENET\n'
         f"  - Convert the authors' checkpoint: timm-shiftwise convert FILE.pth --model {variant} --output FOLDER, "
         f"then timm.create_model('local-dir:FOLDER', pretrained=True).{published}\n"
         f'  - Take weights from elsewhere: set {ORGANISATION_VARIABLE} to another organisation of the Hub before '
@@ -205,7 +210,7 @@ def sentence(error: BaseException) -> str:
 def _unreadable(path: Path) -> str | None:
     """Why a file of weights cannot be read; None if it can."""
     try:
-        load_state_dict(str(path))
+        load_state_dict(str(path), weights_only=True)
     except Exception as error:  # noqa: BLE001 (whatever a broken file raises is the answer)
         if path.suffix == '.safetensors':
             return f'it is cut short or no safetensors file ({sentence(error)})'
