@@ -3,6 +3,7 @@
 They share no code with the package: wiring from the seeds, large kernels put together from the small ones.
 """
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -204,21 +205,12 @@ class AuthorsNetwork:
         kept, ghost = self.split(x.shape[1])
         weight = sum(value for key, value in state.items() if key.startswith(f'{name}.LoRA'))
         small = weight.view(len(kept), groups, size, size)
-        draw = torch.Generator().manual_seed(SEED)
-        wide = torch.zeros(len(kept), size, groups * size, dtype=x.dtype)
-        tall = wide.mT.clone()
-        square = torch.zeros(len(kept), size, size, dtype=x.dtype)
-        for kernel, is_wide in ((wide, True), (tall, False)):
-            for _ in range(self.shuffles):
-                for c in range(len(kept)):
-                    for place, group in enumerate(torch.randperm(groups, generator=draw).tolist()):
-                        span = slice(place * size, (place + 1) * size)
-                        if is_wide:
-                            kernel[c, :, span] += small[c, group]
-                        else:
-                            kernel[c, span] += small[c, group]
-        for _ in range(self.shuffles):
-            square += small[torch.arange(len(kept)), torch.randint(0, groups, [len(kept)], generator=draw)]
+        horizontal, vertical, picks = orders(len(kept), groups, self.shuffles)
+        channel = torch.arange(len(kept))
+        # the group at each place, pasted where the place is: [C, G, N, N] -> [C, N, G * N] and [C, G * N, N]
+        wide = sum(small[channel[:, None], order].transpose(1, 2).flatten(2) for order in horizontal)
+        tall = sum(small[channel[:, None], order].flatten(1, 2) for order in vertical)
+        square = sum(small[channel, pick] for pick in picks)
         worked = x[:, kept]
         h, v, s = (
             large_kernel(worked, kernel, *middle)
@@ -228,6 +220,20 @@ class AuthorsNetwork:
             + batch_norm(state, f'{name}.bn_small', s)
         )
         return torch.cat([out + worked, x[:, ghost]], dim=1)
+
+
+@lru_cache
+def orders(channels: int, groups: int, shuffles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The group at each place of the horizontal and of the vertical branch, and that of the identity branch."""
+    draw = torch.Generator().manual_seed(SEED)
+
+    def permutations() -> Tensor:
+        rows = [torch.randperm(groups, generator=draw) for _ in range(shuffles) for _ in range(channels)]
+        return torch.stack(rows).view(shuffles, channels, groups)
+
+    horizontal, vertical = permutations(), permutations()
+    picks = torch.stack([torch.randint(0, groups, [channels], generator=draw) for _ in range(shuffles)])
+    return horizontal, vertical, picks
 
 
 def large_kernel(x: Tensor, kernel: Tensor, row: int, column: int) -> Tensor:
