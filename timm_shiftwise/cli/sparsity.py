@@ -1,0 +1,167 @@
+"""`timm-shiftwise sparsity CHECKPOINT`: which groups a checkpoint keeps, layer by layer, printed and drawn."""
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.bar import Bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import CommandError
+from .network import add_format, add_model_kwargs, load_network, print_csv, print_json, print_sections
+
+if TYPE_CHECKING:
+    from ..profile import LayerGroups, NetworkGroups
+
+_BAR = 24
+_LEGEND = 'Groups: small kernels of all channels. Without: channels that lost all of theirs.'
+
+
+def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
+    """Declare the arguments."""
+    parser = subparsers.add_parser(
+        'sparsity',
+        help='show which groups a checkpoint keeps, layer by layer',
+        usage='%(prog)s CHECKPOINT [--output FILE.png] [OPTIONS]',
+        description='Show how many groups (small kernels of a channel) each layer and stage of a checkpoint keeps, and '
+                    'draw which. The network is told from the checkpoint.',
+    )
+    parser.add_argument(
+        'checkpoint', metavar='CHECKPOINT',
+        help="a checkpoint file, ours or the papers' authors', an output folder of train.py, or a Hub folder")
+    parser.add_argument('--model', metavar='NAME', help='the network, where the checkpoint does not tell it')
+    add_model_kwargs(parser)
+    parser.add_argument(
+        '--output', metavar='FILE.png', help='draw a bar, and a map of channels and groups, for each layer')
+    add_format(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the kept groups, and draw them if asked for."""
+    from ..profile import network_groups
+
+    if args.output is not None:
+        _check_output(args.output)
+    network, name = load_network(args.checkpoint, args.model, dict(args.model_kwargs))
+    try:
+        groups = network_groups(network)
+    except ValueError as error:
+        raise CommandError(f'{args.checkpoint} ({name}): {error}') from error
+    if args.format == 'json':
+        print_json(_plain(name, groups))
+    elif args.format == 'csv':
+        print_csv(_rows(groups))
+    else:
+        print_sections([_summary(args.checkpoint, name, groups)], [_table(groups), _LEGEND])
+    if args.output is not None:
+        from ..profile.picture import draw_groups
+        try:
+            draw_groups(groups, name, args.output)
+        except OSError as error:
+            raise CommandError(f'{args.output} was not written: {error.strerror or error}') from error
+        # standard output may be for a program
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f'Drawn into {escape(args.output)}')
+    return 0
+
+
+def _check_output(output: str) -> None:
+    """Refuse what cannot be drawn before the checkpoint is read."""
+    if not output.lower().endswith('.png'):
+        raise CommandError(f'--output takes a file that ends in .png, got {output!r}')
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CommandError(f'drawing needs matplotlib (pip install matplotlib): {error}') from error
+
+
+def _summary(checkpoint: str, name: str, groups: 'NetworkGroups') -> str:
+    if groups.is_dense:
+        kept = 'dense: every group is kept'
+        if groups.updates == 'waiting':
+            kept += '. Its masks are drawn at the first step of training with sparsity'
+    else:
+        kept = f'{_percent(groups.density)} of the groups kept ({groups.kept:,} of {groups.total:,})'
+    schedule = {
+        'running': f'; trained sparse for {groups.step:,} optimiser steps',
+        'fixed': '; training on leaves them so',
+    }.get(groups.updates, '')
+    return f'[bold]{escape(checkpoint)}[/] ({name}): {kept}{schedule}.'
+
+
+def _table(groups: 'NetworkGroups') -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column('layer')
+    for column in ('channels', 'groups', 'kept', 'share'):
+        table.add_column(column, justify='right', no_wrap=True)
+    table.add_column('', width=_BAR)
+    table.add_column('without', justify='right')
+    for index, stage in enumerate(groups.stages):
+        ghosts = f' of {stage.dim}' if stage.dim > stage.channels else ''
+        table.add_row(
+            f'stage {index + 1}, M = {stage.focus_length}', f'{stage.channels}{ghosts}', f'{stage.total:,}',
+            f'{stage.kept:,}', _percent(stage.density), _bar(stage.density),
+            str(sum(layer.empty_channels for layer in stage.layers)), style='bold')
+        for layer in stage.layers:
+            table.add_row(
+                f'  {layer.name}', '', f'{layer.total:,}', f'{layer.kept:,}', _percent(layer.density),
+                _bar(layer.density), str(layer.empty_channels), end_section=layer is stage.layers[-1])
+    empty = sum(layer.empty_channels for stage in groups.stages for layer in stage.layers)
+    table.add_row(
+        'all', '', f'{groups.total:,}', f'{groups.kept:,}', _percent(groups.density), _bar(groups.density), str(empty),
+        style='bold')
+    return table
+
+
+def _bar(share: float) -> Bar:
+    return Bar(size=1, begin=0, end=share, width=_BAR, color='cyan')
+
+
+def _percent(share: float) -> str:
+    return f'{100 * share:.1f} %'
+
+
+def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
+    return {
+        'model': name,
+        'dense': groups.is_dense,
+        'schedule': groups.updates,
+        'step': groups.step,
+        'kept': groups.kept,
+        'total': groups.total,
+        'density': groups.density,
+        'stages': [
+            {
+                'stage': index + 1,
+                'dim': stage.dim,
+                'channels': stage.channels,
+                'focus_length': stage.focus_length,
+                'groups': stage.maps,
+                'kept': stage.kept,
+                'total': stage.total,
+                'density': stage.density,
+                'layers': [_plain_layer(layer) for layer in stage.layers],
+            }
+            for index, stage in enumerate(groups.stages)
+        ],
+    }
+
+
+def _plain_layer(layer: 'LayerGroups') -> dict[str, Any]:
+    return {
+        'layer': layer.name,
+        'kept': layer.kept,
+        'total': layer.total,
+        'density': layer.density,
+        'empty_channels': layer.empty_channels,
+    }
+
+
+def _rows(groups: 'NetworkGroups') -> list[dict[str, Any]]:
+    return [
+        {
+            'stage': index + 1, 'channels': stage.channels, 'focus_length': stage.focus_length, 'groups': stage.maps,
+            **_plain_layer(layer),
+        }
+        for index, stage in enumerate(groups.stages) for layer in stage.layers
+    ]

@@ -1,0 +1,180 @@
+"""Which groups a network keeps, layer by layer."""
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.layers import MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.sparsity import SparsitySchedule
+
+_Operator = ShiftwiseConv2d | MergedShiftwiseConv2d
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Kept groups of one operator.
+
+    Attributes:
+        name: Name of the operator in the network, ``stages.0.blocks.0.conv_dw``.
+        mask: Which small kernels are kept, boolean [C, K], on the CPU.
+    """
+
+    name: str
+    mask: Tensor
+
+    @property
+    def kept(self) -> int:
+        """Kept small kernels."""
+        return int(self.mask.sum())
+
+    @property
+    def total(self) -> int:
+        """Small kernels, kept and pruned."""
+        return self.mask.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of the small kernels that is kept."""
+        return self.kept / self.total
+
+    @property
+    def empty_channels(self) -> int:
+        """Channels that lost all their small kernels."""
+        return int((~self.mask.any(dim=1)).sum())
+
+
+@dataclass(frozen=True)
+class StageGroups:
+    """Kept groups of one stage.
+
+    Attributes:
+        dim: Channels of the stage, ghosts among them.
+        focus_length: M in pixels.
+        groups: G.
+        layers: Its operators.
+    """
+
+    dim: int
+    focus_length: int
+    groups: int
+    layers: tuple[LayerGroups, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels that are worked on."""
+        return self.layers[0].mask.shape[0]
+
+    @property
+    def maps(self) -> int:
+        """Small kernels of a channel: G, or 2 * G + 1 where the branches have kernels of their own."""
+        return self.layers[0].mask.shape[1]
+
+    @property
+    def kept(self) -> int:
+        """Kept small kernels."""
+        return sum(layer.kept for layer in self.layers)
+
+    @property
+    def total(self) -> int:
+        """Small kernels, kept and pruned."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Share of the small kernels that is kept."""
+        return self.kept / self.total
+
+
+@dataclass(frozen=True)
+class NetworkGroups:
+    """Kept groups of a network.
+
+    Attributes:
+        stages: Its stages.
+        updates: What the schedule that came with the masks does: ``'waiting'`` for the first gradients, ``'running'``,
+            ``'fixed'``; ``'none'`` in a merged network, which has no schedule.
+        step: Optimiser steps that the schedule has counted.
+    """
+
+    stages: tuple[StageGroups, ...]
+    updates: str
+    step: int
+
+    @property
+    def kept(self) -> int:
+        """Kept small kernels."""
+        return sum(stage.kept for stage in self.stages)
+
+    @property
+    def total(self) -> int:
+        """Small kernels, kept and pruned."""
+        return sum(stage.total for stage in self.stages)
+
+    @property
+    def density(self) -> float:
+        """Share of the small kernels that is kept."""
+        return self.kept / self.total
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every small kernel is kept."""
+        return self.kept == self.total
+
+
+_PHASES = ('waiting', 'running', 'fixed')  # by the value of the schedule's buffer
+
+
+def network_groups(model: nn.Module) -> NetworkGroups:
+    """Read which groups a network keeps: the masks, or the kernels that are not zero in a merged network.
+
+    Args:
+        model: A network of this package.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If its operators are large kernels, which have no groups.
+    """
+    network = check_network(model)
+    stages = []
+    for i, blocks in enumerate(stage_blocks(network)):
+        operators = [block.get_submodule('conv_dw') for block in blocks]
+        first = operators[0]
+        if not isinstance(first, _Operator):
+            raise ValueError('The network is made of large kernels (SLaK): it has no groups to keep or to prune.')
+        stages.append(StageGroups(
+            dim=len(first.kept) + first.num_ghost,
+            focus_length=first.focus_length,
+            groups=num_groups(first.focus_length, first.kernel_size),
+            layers=tuple(
+                LayerGroups(f'stages.{i}.blocks.{j}.conv_dw', kept_groups(operator).cpu())
+                for j, operator in enumerate(operators) if isinstance(operator, _Operator)
+            ),
+        ))
+    schedule = network.sparsity
+    if isinstance(schedule, SparsitySchedule):
+        return NetworkGroups(tuple(stages), _PHASES[int(schedule.phase)], int(schedule.step))
+    return NetworkGroups(tuple(stages), 'none', 0)
+
+
+def kept_groups(operator: _Operator) -> Tensor:
+    """Which small kernels [C, K] of an operator are kept."""
+    if isinstance(operator, ShiftwiseConv2d):
+        return operator.mask
+    return (operator.weight != 0).any(dim=-1).any(dim=-1)
+
+
+def check_network(model: nn.Module) -> ShiftwiseNet:
+    """Refuse what is no network of this package.
+
+    Raises:
+        TypeError: If it is another module.
+    """
+    if not isinstance(model, ShiftwiseNet):
+        raise TypeError(f'The model must be a network of timm_shiftwise, got a {type(model).__name__}.')
+    return model
+
+
+def stage_blocks(network: ShiftwiseNet) -> list[list[nn.Module]]:
+    """Blocks of each stage."""
+    return [list(stage.get_submodule('blocks').children()) for stage in network.stages.children()]

@@ -1,0 +1,116 @@
+"""What one operator costs, in whichever form it is."""
+from typing import NamedTuple
+
+from torch import nn
+
+from timm_shiftwise.layers import LargeKernelConv2d, MergedLargeKernelConv2d, MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.sparsity.masks import uniform_counts
+
+from .cost import Comparison, Cost, assembled_kernels, large_kernels, small_kernels
+from .kept import kept_groups
+
+Operator = LargeKernelConv2d | MergedLargeKernelConv2d | ShiftwiseConv2d | MergedShiftwiseConv2d
+
+
+class Shape(NamedTuple):
+    """Size of an operator.
+
+    Attributes:
+        dim: Channels, ghosts among them.
+        channels: Channels that are worked on.
+        maps: K, small kernels of a channel; 0 for large kernels.
+        focus_length: M in pixels.
+        kernel_size: N in pixels.
+    """
+
+    dim: int
+    channels: int
+    maps: int
+    focus_length: int
+    kernel_size: int
+
+
+class OperatorCost(NamedTuple):
+    """Cost of an operator for one image.
+
+    Attributes:
+        kept: Kept small kernels of all channels together; 0 for large kernels.
+        kernels: The kernels alone.
+        rest: What is held beside them: norms, or what they were merged to.
+    """
+
+    kept: int
+    kernels: Comparison
+    rest: Comparison
+
+
+def block_operator(block: nn.Module) -> Operator:
+    """The operator of a block.
+
+    Raises:
+        TypeError: If it is none of this package's.
+    """
+    operator = block.get_submodule('conv_dw')
+    if not isinstance(operator, Operator):
+        raise TypeError(f'The block must have an operator of timm_shiftwise, got a {type(operator).__name__}.')
+    return operator
+
+
+def operator_shape(operator: Operator) -> Shape:
+    """Read the size of an operator. Of merged large kernels with an even side it is the odd one they were padded to."""
+    if isinstance(operator, LargeKernelConv2d):
+        dim = operator.conv_h.in_channels
+        return Shape(dim, dim, 0, operator.focus_length, operator.kernel_size)
+    if isinstance(operator, MergedLargeKernelConv2d):
+        dim, rows, columns = operator.wide.shape
+        return Shape(dim, dim, 0, columns, rows)
+    *_, channels, maps, size, _ = operator.weight.shape
+    return Shape(channels + operator.num_ghost, channels, maps, operator.focus_length, size)
+
+
+def operator_cost(operator: Operator, height: int, width: int, sparsity: float | None) -> OperatorCost:
+    """Count what an operator costs on a map, and what SLaK's in its place would.
+
+    Args:
+        operator: The operator; on the ``meta`` device all its groups count as kept.
+        height: H of the map.
+        width: W of the map.
+        sparsity: Share of the groups that is pruned; None counts those that are kept.
+    """
+    shape = operator_shape(operator)
+    merged = isinstance(operator, (MergedLargeKernelConv2d, MergedShiftwiseConv2d))
+    slak = large_kernels(shape.dim, shape.focus_length, shape.kernel_size, height, width, merged=merged)
+    # SLaK's three BatchNorms, of which the merge leaves a bias
+    slak_rest = _held(shape.dim if merged else 3 * 2 * shape.dim)
+    if isinstance(operator, (LargeKernelConv2d, MergedLargeKernelConv2d)):
+        return OperatorCost(0, Comparison(slak, slak), Comparison(slak_rest, slak_rest))
+    total = shape.channels * shape.maps
+    if sparsity is not None:
+        kept = uniform_counts([total], sparsity)[0]
+    else:
+        kept = total if operator.weight.is_meta else int(kept_groups(operator).sum())
+    if isinstance(operator, MergedShiftwiseConv2d) and operator.padding == 'full':
+        assembled = operator.tall.numel() + operator.wide.numel()
+        ours = assembled_kernels(total, kept, shape.kernel_size, assembled, height, width)
+    else:
+        ours = small_kernels(
+            shape.channels, shape.maps, kept, shape.focus_length, shape.kernel_size, height, width,
+            paths=operator.weight.shape[0] if isinstance(operator, ShiftwiseConv2d) else 1,
+            shuffles=operator.horizontal.shape[0],
+            padding=operator.padding,
+        )
+    rest = _held(held_weights(operator) - ours.parameters)
+    return OperatorCost(kept, Comparison(ours, slak), Comparison(rest, slak_rest))
+
+
+def held_weights(module: nn.Module) -> int:
+    """Number of weights of a module, those included that a merged operator holds as buffers."""
+    merged = (
+        part.state_dict().values() for part in module.modules()
+        if isinstance(part, (MergedLargeKernelConv2d, MergedShiftwiseConv2d)))
+    buffers = sum(value.numel() for values in merged for value in values if value.is_floating_point())
+    return buffers + sum(parameter.numel() for parameter in module.parameters())
+
+
+def _held(parameters: int) -> Cost:
+    return Cost(parameters, parameters)
