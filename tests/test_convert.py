@@ -184,6 +184,7 @@ def test_an_output_folder_of_train_is_taken_up(tmp_path, trained):
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert 'epochs 3' in card and 'opt adamw' in card and 'sched cosine' in card
     assert '55.50, in epoch 1' in card and 'Epochs in the log (summary.csv): 3' in card
+    assert 'amp True' in card and 'remode' not in card
     assert 'someone' not in card and 'secret' not in card
 
     convert(trained, tmp_path / 'raw', use_ema=False)
@@ -228,7 +229,7 @@ def test_a_card_says_what_the_network_is_and_costs(tmp_path):
     told = metadata(card)
     assert told['library_name'] == 'timm' and told['license'] == 'mit' and told['datasets'] == ['oxford-flowers']
     assert told['pipeline_tag'] == 'image-classification'
-    assert f'Params (M): {sum(p.numel() for p in model.parameters()) / 1e6:.2f}' in card
+    assert f'Params (M): {sum(p.numel() for p in model.parameters()) / 1e6:.3g}' in card
     assert 'Image size: 64 x 64' in card and 'as trained' in card and 'Trained on flowers.' in card
     shares = [float(share) for share in re.findall(r'Stage \d: ([\d.]+)% of the groups pruned', card)]
     masks = [[b.conv_dw.mask.flatten() for b in stage.blocks] for stage in model.stages]

@@ -56,6 +56,8 @@ _RECIPE = (
     'drop_path', 'aa', 'aug_repeats', 'hflip', 'vflip', 'color_jitter', 'reprob', 'remode', 'mixup', 'cutmix',
     'smoothing', 'bce_loss', 'model_ema', 'model_ema_decay', 'amp', 'amp_dtype', 'train_interpolation', 'seed',
 )
+# those that say nothing unless another is set
+_SWITCHES = {'amp_dtype': 'amp', 'model_ema_decay': 'model_ema', 'remode': 'reprob'}
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,9 @@ def _details(
     details: dict[str, Any] = {
         'Model Type': 'Image classification / feature backbone',
         'Model Stats': [
-            f'Params (M): {facts.cost.parameters / 1e6:.2f}',
-            f'GMACs: {facts.cost.multiply_adds / 1e9:.2f}',
-            f'Activations (M): {facts.cost.activations / 1e6:.2f}',
+            f'Params (M): {facts.cost.parameters / 1e6:.3g}',
+            f'GMACs: {facts.cost.multiply_adds / 1e9:.3g}',
+            f'Activations (M): {facts.cost.activations / 1e6:.3g}',
             f'Image size: {height} x {width}' + (f', {channels} channels' if channels != 3 else ''),
             f'Classes: {model.num_classes}',
         ],
@@ -192,7 +194,8 @@ def _form(model: nn.Module) -> str:
 
 def _training(args: Mapping[str, Any], summary: Sequence[Mapping[str, str]]) -> list[str]:
     lines = []
-    recipe = {name: args[name] for name in _RECIPE if args.get(name) not in (None, False, '', [])}
+    idle = {name for name, switch in _SWITCHES.items() if not args.get(switch)}
+    recipe = {name: args[name] for name in _RECIPE if name not in idle and args.get(name) not in (None, False, '', [])}
     if recipe:
         told = ', '.join(f'{name} {_line(str(value))}' for name, value in recipe.items())
         lines.append(f"Arguments of timm's train.py: {told}")
