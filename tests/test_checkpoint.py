@@ -4,7 +4,9 @@ import copy
 import io
 import os
 import pickle
+import random
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +170,10 @@ def test_features_only_refuses_a_checkpoint_of_another_network(tmp_path):
         create('sw_tiny', replace(SW, dims=(16, 16, 24, 32)), features_only=True, checkpoint_path=path)
     with pytest.raises(CheckpointError, match='left over'):
         create('sw_tiny', SW, features_only=True, checkpoint_path=save({**SW.state(), 'extra.weight': IMAGE}, tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        path = save(without(SW.state(), 'stages.1.0.gamma'), tmp_path)
+        create('sw_tiny', SW, features_only=True, checkpoint_path=path)
+    assert 'stages.1.blocks.0.gamma is missing' in str(error.value) and 'create_model' not in str(error.value)
 
 
 @pytest.mark.parametrize('network, name', **named(MODELS))
@@ -447,6 +453,47 @@ def test_what_is_no_checkpoint_is_refused():
         model.load_state_dict({})
     with pytest.raises(CheckpointError, match='is left over'):
         checkpoint_filter_fn({**model.state_dict(), 'layer1.0.conv1.weight': IMAGE}, model)
+
+
+def test_a_tensor_larger_than_its_memory_is_refused(tmp_path):
+    """Such a file is small, and what is computed from it is not."""
+    state = SW.state()
+    state['stages.0.0.large_kernel.LoRAs.0.weight'] = torch.zeros(1, 1, 5, 5).expand(2 ** 40, 1, 5, 5)
+    path = Path(save(state, tmp_path))
+    assert path.stat().st_size < 2 ** 20
+    with pytest.raises(CheckpointError, match=r'stages\.0\.0\.large_kernel\.LoRAs\.0\.weight'):
+        create('sw_tiny', SW, checkpoint_path=str(path))
+    with pytest.raises(CheckpointError):
+        describe_checkpoint({'head.weight': torch.zeros(3, 3).to_sparse()})
+
+
+@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize('network, name', **named(MODELS))
+def test_a_damaged_checkpoint_is_refused_whatever_is_wrong_with_it(network, name, seed):
+    """Keys dropped, renamed and doubled, and shapes changed, in the authors' layout and in ours."""
+    draw = random.Random(seed)
+    model = create(name, network)
+    state = network.state() if seed % 2 else dict(model.state_dict())
+    for key in draw.sample([key for key in state if not key.endswith('num_batches_tracked')], 3):
+        value = state.pop(key)
+        damage = draw.choice(['drop', 'rename', 'flatten', 'empty', 'scalar', 'more axes', 'deeper'])
+        if damage == 'rename':
+            state[key.replace('e', 'E')] = value
+        elif damage == 'deeper':
+            state[key.replace('.0.', '.1234567890123.', 1)] = value
+        elif damage != 'drop':
+            state[key] = {
+                'flatten': value.flatten() if value.ndim > 1 else value[:1],
+                'empty': value[:0] if value.ndim else value[None][:0],
+                'scalar': value.new_zeros(()) if value.ndim else value[None],
+                'more axes': value[None, None],
+            }[damage]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+    with suppress(CheckpointError):
+        assert describe_checkpoint(state)['model']
 
 
 @pytest.mark.parametrize('share', [0.3, 0.9, 0.999])

@@ -304,11 +304,11 @@ def _wrong_values(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tenso
             f'the model is {tuple(own[key].tolist())}')
     if buffer in _TABLES:
         maps = own[f'{name}.weight'].shape[-3]
-        if value.is_floating_point() or value.min() < 0 or value.max() >= maps:
-            return f'{key} must hold integers of 0 to {maps - 1}, it has {value.min().item()} to {value.max().item()}'
+        if value.is_floating_point() or value.is_complex() or value.min() < 0 or value.max() >= maps:
+            return f'{key} must hold integers of 0 to {maps - 1}, it has others'
     if buffer == 'kept' and f'{name}.ghost' in state:
-        both = torch.cat([value, state[f'{name}.ghost']]).sort().values.tolist()
-        if both != list(range(len(both))):
+        both = value.flatten().tolist() + state[f'{name}.ghost'].flatten().tolist()
+        if any(isinstance(channel, complex) for channel in both) or sorted(both) != list(range(len(both))):
             return f'{key} and {name}.ghost do not name every channel once'
     return ''
 
@@ -318,11 +318,22 @@ def _refuse(problems: list[str], raw: dict[str, Tensor], own: Mapping[str, Tenso
         return
     listed = '\n  '.join(problems[:_MAX_LISTED])
     more = f'\n  and {len(problems) - _MAX_LISTED} more' if len(problems) > _MAX_LISTED else ''
-    raise CheckpointError(f'The checkpoint does not fit the model:\n  {listed}{more}{_advice(raw, own)}')
+    # what can be adapted is not at fault unless it is among the problems
+    adapted = {
+        name for name, key in (('num_classes', _CLASSIFIER), ('in_chans', _FIRST_CONV))
+        if not any(problem.startswith(key) for problem in problems)
+    }
+    raise CheckpointError(f'The checkpoint does not fit the model:\n  {listed}{more}{_advice(raw, own, adapted)}')
 
 
-def _advice(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The call of ``timm.create_model`` whose network a checkpoint is for, if it is another than the model's."""
+def _advice(raw: dict[str, Tensor], own: Mapping[str, Tensor], untold: set[str]) -> str:
+    """The call of ``timm.create_model`` whose network a checkpoint is for, if it is another than the model's.
+
+    Args:
+        raw: Unwrapped weights.
+        own: The model's own.
+        untold: Arguments that stay as the model has them.
+    """
     try:
         wanted, seen = describe_checkpoint(own), describe_checkpoint(raw)
     except CheckpointError:
@@ -330,19 +341,20 @@ def _advice(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
     model, args = seen['model'], dict(seen['model_args'])
     if (seen['family'], wanted['family']) == ('slak', 'eq_slak'):
         model = f'eq_{model}'
-    # what the checkpoint leaves open stays as the model has it
-    untold = {*seen['assumed'], *seen['unknown']}
+    if 'head.norm.weight' not in own:
+        wanted['model_args'].pop('num_classes')  # features of a network with or without a classifier
+    open_lengths = ''
+    untold = untold | {*seen['assumed'], *seen['unknown']}
     if any(key.endswith('.large_kernel.LoRA.weight') for key in raw):
-        untold.add('num_paths')
+        untold = untold | {'num_paths'}
+    if 'focus_lengths' in untold and seen['groups'] != wanted['groups']:
+        untold = untold - {'focus_lengths'}
+        if 'focus_lengths' in seen['unknown']:
+            open_lengths = f' and focus_lengths that make {seen["groups"]} groups of its kernels'
     for name in untold:
-        if name != 'focus_lengths' or seen['groups'] == wanted['groups']:
-            args.pop(name, None)
-            args.update((key, value) for key, value in wanted['model_args'].items() if key == name)
-            untold = untold - {name}
+        args.pop(name, None)
+    args.update((name, value) for name, value in wanted['model_args'].items() if name in untold)
     if (model, args) == (wanted['model'], wanted['model_args']):
         return ''
     call = ', '.join([repr(model), *(f'{name}={value!r}' for name, value in args.items())])
-    open_lengths = ''
-    if 'focus_lengths' in seen['unknown'] and 'focus_lengths' in untold:
-        open_lengths = f' and focus_lengths that make {seen["groups"]} groups of its kernels'
     return f'\nIts keys and shapes are those of timm.create_model({call}){open_lengths}.'

@@ -1,5 +1,6 @@
 """What a checkpoint's keys and shapes tell of its network."""
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm_shiftwise.layers.wiring import split_ghost
 from .layouts import MERGED_PATHS, CheckpointError, is_authors_layout, translate_authors_layout, unwrap
 from .variants import SHIFTWISE, SHIFTWISE_V2
 
+_BLOCK = re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.')
 _DEFAULTS: dict[str, Any] = dict(
     ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full', ls_init_value=1e-6, reparameterized=False)
 
@@ -85,38 +87,45 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _facts(state: dict[str, Tensor]) -> dict[str, Any]:
     """Arguments of the network that a state in our layout tells, and what else it tells of it."""
-    depths: dict[int, int] = {}
-    for key in state:
-        block = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key)
-        if block:
-            depths[int(block[1])] = max(depths.get(int(block[1]), 0), int(block[2]) + 1)
+    found = [match for match in map(_BLOCK.match, state) if match]
+    numbers = sorted({(int(match[1]), int(match[2])) for match in found})
+    depths = Counter(stage for stage, _ in numbers)
     blocks = [f'stages.{i}.blocks.0' for i in range(len(depths))]
-    if not blocks or sorted(depths) != list(range(len(depths))):
-        raise CheckpointError(f'The checkpoint is none of these networks\': its keys begin with {_listed(state)}.')
+    if not blocks or numbers != [(i, j) for i in range(len(depths)) for j in range(depths[i])]:
+        raise CheckpointError(f"The checkpoint is none of these networks': its keys begin with {_listed(state)}.")
 
-    def every(suffix: str) -> list[Tensor]:
-        missing = [name + suffix for name in blocks if name + suffix not in state]
-        if missing:
-            raise CheckpointError(f'The checkpoint does not tell its network: {missing[0]} is missing.')
-        return [state[name + suffix] for name in blocks]
+    def told(key: str, *axes: int) -> Tensor:
+        if key not in state:
+            raise CheckpointError(f'The checkpoint does not tell its network: {key} is missing.')
+        shape = tuple(state[key].shape)
+        if len(shape) not in axes or 0 in shape:
+            raise CheckpointError(f'The checkpoint does not tell its network: {key} has the shape {shape}.')
+        return state[key]
+
+    def every(suffix: str, *axes: int) -> list[Tensor]:
+        tensors = [told(name + suffix, *axes) for name in blocks]
+        if len({tensor.ndim for tensor in tensors}) > 1:
+            raise CheckpointError(f'The checkpoint does not tell its network: {suffix[1:]} differs between its stages.')
+        return tensors
 
     def has(suffix: str) -> bool:
         return blocks[0] + suffix in state
 
     facts: dict[str, Any] = dict(
         depths=tuple(depths[i] for i in range(len(depths))),
-        dims=tuple(weight.shape[1] for weight in every('.mlp.fc1.weight')),
-        num_classes=state['head.fc.weight'].shape[0] if 'head.fc.weight' in state else 0,
+        dims=tuple(weight.shape[1] for weight in every('.mlp.fc1.weight', 2)),
+        num_classes=told('head.fc.weight', 2).shape[0] if 'head.fc.weight' in state else 0,
         reparameterized=has('.conv_dw.bias'),
     )
     if 'stem.0.weight' in state:
-        facts['in_chans'] = state['stem.0.weight'].shape[1]
+        facts['in_chans'] = told('stem.0.weight', 4).shape[1]
     if not has('.gamma') and not facts['reparameterized']:
         facts['ls_init_value'] = None
-    if has('.conv_dw.conv_h.weight') or has('.conv_dw.wide'):
-        _add_slak_facts(facts, every('.conv_dw.conv_h.weight' if has('.conv_dw.conv_h.weight') else '.conv_dw.wide'))
-        return facts
-    weights = every(f'.conv_dw.{MERGED_PATHS}' if has(f'.conv_dw.{MERGED_PATHS}') else '.conv_dw.weight')
+    for wide in ('.conv_dw.conv_h.weight', '.conv_dw.wide'):
+        if has(wide):
+            _add_slak_facts(facts, every(wide, 3, 4))
+            return facts
+    weights = every(f'.conv_dw.{MERGED_PATHS}' if has(f'.conv_dw.{MERGED_PATHS}') else '.conv_dw.weight', 4, 5)
     facts.update(kernel_size=weights[0].shape[-1], worked=tuple(weight.shape[-4] for weight in weights))
     if weights[0].ndim == 5:
         facts['num_paths'] = weights[0].shape[0]
@@ -127,7 +136,7 @@ def _facts(state: dict[str, Tensor]) -> dict[str, Any]:
         family = 'p_sw'
     facts['groups'] = maps
     if has('.conv_dw.horizontal'):
-        tables = every('.conv_dw.horizontal')
+        tables = every('.conv_dw.horizontal', 3)
         facts.update(groups=tuple(table.shape[-1] for table in tables), num_shuffles=tables[0].shape[0])
         if maps != facts['groups']:
             family = 'eq_slak'

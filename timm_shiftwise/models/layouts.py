@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MERGED_PATHS = 'merged_paths'
 """Stands in place of an operator's ``weight`` where its paths were merged: kernels [1, C, G, N, N] for any paths."""
@@ -61,7 +61,8 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint: without what they were saved under, and without the prefixes of wrappers.
 
     Raises:
-        CheckpointError: If something else than tensors is among them.
+        CheckpointError: If something else than tensors is among them, or one that would be larger than what it was read
+            from.
     """
     for key in _WRAPPERS:
         if isinstance(state_dict.get(key), Mapping):
@@ -71,10 +72,21 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f'The checkpoint is no state dict: under {key!r} it has a {type(value).__name__}.')
+        if _is_inflated(value):
+            raise CheckpointError(f'The checkpoint holds less than the shape of {key} says, {tuple(value.shape)}.')
         while key.startswith(_PREFIXES):
             key = key.split('.', 1)[1]
         state[key] = value
     return state
+
+
+def _is_inflated(value: Tensor) -> bool:
+    """Whether elements of a plain tensor share memory, or are not stored one by one."""
+    if type(value) is not Tensor and type(value) is not nn.Parameter:
+        return False
+    if value.layout != torch.strided or value.is_quantized:
+        return True
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
 
 
 def is_authors_layout(state: dict[str, Tensor]) -> bool:
@@ -133,9 +145,11 @@ def _gathered(state: dict[str, Tensor], keys: dict[int | None, str], norm: Tenso
     """Kernels [P, C, G, N, N] of the paths [C * G, 1, N, N]; None if these do not go together."""
     numbers = [None] if None in keys else list(range(len(keys)))
     weights = [state[keys[number]] for number in numbers if number in keys]
-    if norm is None or len(weights) < len(keys) or any(w.shape != weights[0].shape or w.ndim != 4 for w in weights):
+    if norm is None or norm.ndim != 1 or len(weights) < len(keys):
+        return None
+    if any(weight.shape != weights[0].shape or weight.ndim != 4 for weight in weights):
         return None
     rows, one = weights[0].shape[:2]
-    if one != 1 or rows % norm.shape[0]:
+    if one != 1 or rows == 0 or norm.shape[0] == 0 or rows % norm.shape[0]:
         return None
     return torch.stack(weights).squeeze(2).unflatten(1, (norm.shape[0], -1))
