@@ -16,7 +16,7 @@ The networks have ConvNeXt's four stages (https://arxiv.org/abs/2201.03545). The
 * ``eq_slak``: small kernels of each branch's own in natural order, equal to SLaK's large kernels (Eq. 1-3);
 * ``slak``: the large kernels themselves, `SLaK` - https://arxiv.org/abs/2207.03620.
 
-No ImageNet weights of these networks are published in this layout yet; ``test_sw.digits`` was trained by this package.
+The tag ``authors_in1k`` stands for SLaK's own weights, translated; ``test_sw.digits`` was trained by this package.
 """
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -544,8 +544,11 @@ default_cfgs = generate_default_cfgs({
     'sw_tiny.in1k': _cfg(hf_hub_id=hub_id('sw_tiny.in1k')),
     'sw_small.in1k': _cfg(hf_hub_id=hub_id('sw_small.in1k')),
     'sw_base.in1k': _cfg(hf_hub_id=hub_id('sw_base.in1k')),
+    'slak_tiny.authors_in1k': _cfg_slak(hf_hub_id=hub_id('slak_tiny.authors_in1k')),
     'slak_tiny.in1k': _cfg_slak(hf_hub_id=hub_id('slak_tiny.in1k')),
+    'slak_small.authors_in1k': _cfg_slak(hf_hub_id=hub_id('slak_small.authors_in1k')),
     'slak_small.in1k': _cfg_slak(hf_hub_id=hub_id('slak_small.in1k')),
+    'slak_base.authors_in1k': _cfg_slak(hf_hub_id=hub_id('slak_base.authors_in1k')),
     'slak_base.in1k': _cfg_slak(hf_hub_id=hub_id('slak_base.in1k')),
     'eq_slak_tiny.in1k': _cfg(hf_hub_id=hub_id('eq_slak_tiny.in1k')),
     'eq_slak_small.in1k': _cfg(hf_hub_id=hub_id('eq_slak_small.in1k')),

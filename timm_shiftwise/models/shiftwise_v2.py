@@ -13,7 +13,7 @@ The operator is that of ``shiftwise.py`` with kernels of 3 x 3. Squeeze-excitati
 (https://arxiv.org/abs/2301.00808) and the overlapping convolutions that lower the resolution are as in UniRepLKNet
 (https://arxiv.org/abs/2311.15599).
 
-Weights of ``sw_v2_tiny.authors_in1k`` are the authors' own, translated.
+The tag ``authors_in1k`` stands for the authors' own weights, translated.
 """
 from collections.abc import Callable
 from functools import partial
