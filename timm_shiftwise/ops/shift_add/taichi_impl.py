@@ -15,7 +15,7 @@ from timm_shiftwise.ops.taichi_lanes import LANES, MAX_ELEMENTS, flat, kinds, mo
 from timm_shiftwise.ops.taichi_runtime import launching, num_threads
 
 from .taichi_gather import backward_gather, forward_gather
-from .taichi_rows import backward_kernel, backward_layout, forward_kernel, forward_layout
+from .taichi_rows import backward_kernel, backward_layout, forward_kernel, forward_layout, list_length
 
 
 def _table(table: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def shift_add_backward_taichi(
                 continue
             layout = backward_layout(height, width, map_width, focus_length, kernel_size, padding, most_vectors())
             tasks = num_tasks(planes)
-            entries = torch.empty(channels * (2 * (maps + 1) + 2 * groups * shuffles + maps), dtype=torch.int32)
+            entries = torch.empty(channels * list_length(maps, groups, shuffles), dtype=torch.int32)
             backward_kernel(real)(
                 *arrays, *tables, layout.places, layout.used, entries, scratch(tasks * layout.size, grad_h.dtype),
                 flat(grad_y[part]), planes, *sizes, layout.left, layout.row, layout.narrow, layout.vectors, layout.size,

@@ -240,6 +240,93 @@ def forward_kernel(real: Any) -> Any:
     return shift_add_rows
 
 
+def list_length(maps: int, groups: int, shuffles: int) -> int:
+    """Integers that the lists of one channel take; see :func:`list_writes`."""
+    return 2 * (maps + 1) + 2 * groups * shuffles + maps
+
+
+@ti.func
+def list_writes(
+        lists: ti.template(), at, c, channels, maps, height, row, shuffles, groups, first_shift, kernel_size,
+        horizontal: ti.template(), vertical: ti.template(), identity: ti.template(), places: ti.template(),
+):
+    """List what each map of one channel gathers: where the entries of each map begin, wide then tall, and the entries.
+
+    An entry of the wide branch is the vector of its gradient that the map's first column reads, one of the tall branch
+    a shift. The uses of each map as identity come last.
+    """
+    h = at + 2 * (maps + 1)
+    v = h + groups * shuffles
+    for k in range(maps):
+        lists[at + k] = h
+        lists[at + maps + 1 + k] = v
+        uses = 0
+        for r in range(shuffles):
+            for g in range(groups):
+                if horizontal[(r * channels + c) * groups + g] == k and places[g, 0] >= 0:
+                    lists[h] = places[g, 0] * height * row + places[g, 1]
+                    h += 1
+                if vertical[(r * channels + c) * groups + g] == k:
+                    lists[v] = first_shift - g * kernel_size
+                    v += 1
+            if identity[r * channels + c] == k:
+                uses += 1
+        lists[at + 2 * (maps + 1) + 2 * groups * shuffles + k] = uses
+    lists[at + maps] = h
+    lists[at + 2 * maps + 1] = v
+
+
+@ti.func
+def load_gradients(
+        memory: ti.template(), wide, tall, centre, grad_h: ti.template(), grad_v: ti.template(), grad_i: ti.template(),
+        source, height, width, left, row, narrow, e, used: ti.template(), crop_lane: ti.template(), kind: ti.template(),
+        real: ti.template(), vector: ti.template(),
+):
+    """Copy the gradients of a plane into scratch, that of the wide branch once for each misalignment that occurs."""
+    for i in range(height):
+        line = source + ti.cast(i, ti.i64) * width
+        load_row(memory, wide + i * row + left // LANES, 0, grad_h, line, width, kind, real, vector)
+        load_row(memory, tall + i * narrow + e // LANES, crop_lane, grad_v, line, width, kind, real, vector)
+        load_row(memory, centre + i * narrow + e // LANES, crop_lane, grad_i, line, width, kind, real, vector)
+    for m in ti.static(range(1, LANES)):
+        if used[m] > 0:
+            copy = wide + m * height * row
+            for n in range(height * row - 1):
+                memory[copy + n] = joined(memory[wide + n], memory[wide + n + 1], m, vector)
+
+
+@ti.func
+def gather_row(
+        memory: ti.template(), target, wide, tall, centre, p, k, lists: ti.template(), at, maps, height, row, narrow,
+        vectors, reads, e, count: ti.template(), real: ti.template(), vector: ti.template(),
+):
+    """Gather row ``p`` of the gradient of map ``k`` into scratch; ``reads`` is the length of the lists of entries."""
+    uses = ti.cast(lists[at + 2 * (maps + 1) + reads + k], real)
+    inside = 0 <= p - e < height
+    column = 0  # in vectors
+    while column < vectors:
+        sums = ti.static(zeros(count, vector))
+        here = ti.cast(column, ti.i64)
+        if inside:
+            for entry in range(lists[at + k], lists[at + k + 1]):
+                near = wide + lists[entry] + (p - e) * row + here
+                for n in ti.static(range(count)):
+                    sums[n] += memory[near + n]
+            if uses > 0:
+                near = centre + (p - e) * narrow + here
+                for n in ti.static(range(count)):
+                    sums[n] += uses * memory[near + n]
+        for entry in range(lists[at + maps + 1 + k], lists[at + maps + 2 + k]):
+            line = p + lists[entry]
+            if 0 <= line < height:
+                near = tall + line * narrow + here
+                for n in ti.static(range(count)):
+                    sums[n] += memory[near + n]
+        for n in ti.static(range(count)):
+            memory[target + column + n] = sums[n]
+        column += count
+
+
 @cache
 def backward_kernel(real: Any) -> Any:
     """The backward kernel that sums in a type of Taichi's."""
@@ -263,31 +350,13 @@ def backward_kernel(real: Any) -> Any:
             left: ti.i32, row: ti.i32, narrow: ti.i32, vectors: ti.i32, size: ti.i32, tasks: ti.i32,
             count: ti.template(), crop_lane: ti.template(), threads: ti.template(), kind: ti.template(),
     ):
-        # per channel: where the entries of each map begin (wide, tall), the entries themselves, the uses as identity
-        starts = 2 * (maps + 1)
-        stride = starts + 2 * groups * shuffles + maps
+        reads = 2 * groups * shuffles
+        stride = 2 * (maps + 1) + reads + maps
         ti.loop_config(parallelize=threads)
         for c in range(channels):
-            first = c * stride
-            h = first + starts
-            v = h + groups * shuffles
-            for k in range(maps):
-                entries[first + k] = h
-                entries[first + maps + 1 + k] = v
-                uses = 0
-                for r in range(shuffles):
-                    for g in range(groups):
-                        if horizontal[(r * channels + c) * groups + g] == k and places[g, 0] >= 0:
-                            entries[h] = places[g, 0] * height * row + places[g, 1]
-                            h += 1
-                        if vertical[(r * channels + c) * groups + g] == k:
-                            entries[v] = first_shift - g * kernel_size
-                            v += 1
-                    if identity[r * channels + c] == k:
-                        uses += 1
-                entries[first + starts + 2 * groups * shuffles + k] = uses
-            entries[first + maps] = h
-            entries[first + 2 * maps + 1] = v
+            list_writes(
+                entries, c * stride, c, channels, maps, height, row, shuffles, groups, first_shift, kernel_size,
+                horizontal, vertical, identity, places)
 
         ti.loop_config(parallelize=threads)
         for task in range(tasks):
@@ -301,46 +370,15 @@ def backward_kernel(real: Any) -> Any:
             end = ti.cast(ti.cast(task + 1, ti.i64) * planes // tasks, ti.i32)
             for plane in range(begin, end):
                 first = plane % channels * stride
-                source = ti.cast(plane, ti.i64) * height * width
-                for i in range(height):
-                    line = source + ti.cast(i, ti.i64) * width
-                    load_row(memory, wide + i * row + left // LANES, 0, grad_h, line, width, kind, real, vector)
-                    load_row(memory, tall + i * narrow + e // LANES, crop_lane, grad_v, line, width, kind, real, vector)
-                    load_row(memory, centre + i * narrow + e // LANES, crop_lane, grad_i, line, width, kind, real,
-                    vector)
-                for m in ti.static(range(1, LANES)):
-                    if used[m] > 0:
-                        copy = wide + m * height * row
-                        for n in range(height * row - 1):
-                            memory[copy + n] = joined(memory[wide + n], memory[wide + n + 1], m, vector)
-
+                load_gradients(
+                    memory, wide, tall, centre, grad_h, grad_v, grad_i, ti.cast(plane, ti.i64) * height * width, height,
+                    width, left, row, narrow, e, used, crop_lane, kind, real, vector)
                 for k in range(maps):
-                    uses = ti.cast(entries[first + starts + 2 * groups * shuffles + k], real)
                     for p in range(map_height):
-                        inside = 0 <= p - e < height
+                        gather_row(
+                            memory, done, wide, tall, centre, p, k, entries, first, maps, height, row, narrow, vectors,
+                            reads, e, count, real, vector)
                         start = ((ti.cast(plane, ti.i64) * maps + k) * map_height + p) * map_width
-                        column = 0  # in vectors
-                        while column < vectors:
-                            sums = ti.static(zeros(count, vector))
-                            here = ti.cast(column, ti.i64)
-                            if inside:
-                                for entry in range(entries[first + k], entries[first + k + 1]):
-                                    at = wide + entries[entry] + (p - e) * row + here
-                                    for n in ti.static(range(count)):
-                                        sums[n] += memory[at + n]
-                                if uses > 0:
-                                    at = centre + (p - e) * narrow + here
-                                    for n in ti.static(range(count)):
-                                        sums[n] += uses * memory[at + n]
-                            for entry in range(entries[first + maps + 1 + k], entries[first + maps + 2 + k]):
-                                line = p + entries[entry]
-                                if 0 <= line < height:
-                                    at = tall + line * narrow + here
-                                    for n in ti.static(range(count)):
-                                        sums[n] += memory[at + n]
-                            for n in ti.static(range(count)):
-                                memory[done + column + n] = sums[n]
-                            column += count
                         store_row(grad_y, start, map_width, memory, done, kind)
 
     return shift_add_backward_rows
