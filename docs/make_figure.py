@@ -94,7 +94,8 @@ class Canvas:
         self.figure.savefig(path, dpi=DPI, metadata={'Software': None})
 
     def picture(self, values, x: float, y: float, width: float, height: float, **kwargs) -> None:
-        self.ax.imshow(values, extent=(x, x + width, y + height, y), interpolation='nearest', zorder=2, **kwargs)
+        extent = (x, x + width, y + height, y)
+        self.ax.imshow(np.asarray(values), extent=extent, interpolation='nearest', zorder=2, **kwargs)
 
     def box(self, x: float, y: float, width: float, height: float, color: str | tuple = INK, **kwargs) -> None:
         style = dict(fill=False, linewidth=1, zorder=3)

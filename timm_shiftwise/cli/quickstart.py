@@ -270,7 +270,8 @@ def _save(model: 'ShiftwiseNet', folder: Path, place: Path, scores: 'Scores', re
             description='It reads handwritten digits, bright strokes on black, and is a demonstration: '
                         f'`timm-shiftwise quickstart` trained it ({recipe}) on images of Optical Recognition of '
                         'Handwritten Digits, https://archive.ics.uci.edu/dataset/80, as scikit-learn ships them.',
-            results=[(f'{scores.accuracy:.2f} % of {len(scores.labels)} held-out digits', 'that run')],
+            results=[(
+                f'{scores.accuracy:.2f} % top-1 on {len(scores.labels)} held-out digits', 'measured in that run')],
         ),
     )
     folder.mkdir()
