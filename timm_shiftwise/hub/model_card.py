@@ -7,12 +7,11 @@ from typing import Any, cast
 
 import torch
 from timm.models._hub import generate_readme
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_shiftwise.layers import MergedLargeKernelConv2d, MergedShiftwiseConv2d
 from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.profile import NetworkProfile
 
-from .cost import Cost, sparsity_per_stage
 from .errors import HubError
 
 _PICTURE = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
@@ -85,7 +84,7 @@ class CardFacts:
         title: Name of the model.
         reference: The name by which ``timm.create_model`` finds it.
         architecture: Name of the network in timm's registry.
-        cost: What it costs for an image.
+        profile: What it costs for an image.
         from_authors: Whether the weights were in the layout of the papers' authors.
         train_args: args.yaml of train.py.
         summary: Rows of train.py's summary.csv.
@@ -95,7 +94,7 @@ class CardFacts:
     title: str
     reference: str
     architecture: str
-    cost: Cost
+    profile: NetworkProfile
     from_authors: bool = False
     train_args: Mapping[str, Any] = field(default_factory=dict)
     summary: Sequence[Mapping[str, str]] = ()
@@ -156,20 +155,21 @@ def _details(
         papers: tuple[str, ...],
 ) -> dict[str, Any]:
     channels, height, width = cfg['input_size']
+    cost = facts.profile.whole.ours
+    merged = 'merged for inference, cannot be trained further'
     details: dict[str, Any] = {
         'Model Type': 'Image classification / feature backbone',
         'Model Stats': [
-            f'Params (M): {facts.cost.parameters / 1e6:.3g}',
-            f'GMACs: {facts.cost.multiply_adds / 1e9:.3g}',
-            f'Activations (M): {facts.cost.activations / 1e6:.3g}',
+            f'Params (M): {cost.parameters / 1e6:.3g}',
+            f'GMACs: {cost.multiply_adds / 1e9:.3g}',
             f'Image size: {height} x {width}' + (f', {channels} channels' if channels != 3 else ''),
             f'Classes: {model.num_classes}',
         ],
-        'Form': _form(model),
+        'Form': merged if facts.profile.merged else 'as trained, can be trained further',
     }
-    shares = sparsity_per_stage(model)
-    if shares:
-        details['Sparsity'] = [f'Stage {i}: {share:.1%} of the groups pruned' for i, share in enumerate(shares)]
+    if facts.profile.total:
+        details['Sparsity'] = [
+            f'Stage {stage.stage}: {1 - stage.density:.1%} of the groups pruned' for stage in facts.profile.stages]
     if facts.provenance.dataset:
         details['Dataset'] = _identifier(facts.provenance.dataset, 'data set')
     if facts.provenance.results:
@@ -185,11 +185,6 @@ def _details(
     if cfg.get('origin_url'):
         details['Original'] = cfg['origin_url']
     return details
-
-
-def _form(model: nn.Module) -> str:
-    merged = any(isinstance(module, (MergedShiftwiseConv2d, MergedLargeKernelConv2d)) for module in model.modules())
-    return 'merged for inference, cannot be trained further' if merged else 'as trained, can be trained further'
 
 
 def _training(args: Mapping[str, Any], summary: Sequence[Mapping[str, str]]) -> list[str]:
