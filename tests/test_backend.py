@@ -1,0 +1,454 @@
+"""Which backend runs, and that Taichi is a good guest in the process.
+
+What leaves traces in a process runs in one of its own.
+"""
+import os
+import subprocess
+import sys
+import textwrap
+import timeit
+
+import pytest
+import torch
+
+from timm_shiftwise.ops import backend as chooser
+from timm_shiftwise.ops import taichi_runtime
+from timm_shiftwise.ops.backend import ENVIRONMENT_VARIABLE, choose_backend, explain_backend
+
+CPU = torch.device('cpu')
+# an operator call on two backends, and the check that they agree
+PRELUDE = '''
+import torch
+from timm_shiftwise.ops.shift_add import shift_add
+y = torch.randn(2, 12, 10, 11, generator=torch.Generator().manual_seed(0))
+table = torch.tensor([[[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 2]]], dtype=torch.int32)
+def call(backend=None):
+    return torch.stack(shift_add(y, table, table.flip(2), table[:, :, 0], 11, 3, 'full', backend))
+def agree(backend=None):
+    torch.testing.assert_close(call(backend), call('torch'))
+'''
+
+
+def run(code: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run code after the prelude in a fresh Python; fail with its output if it fails or hangs."""
+    env = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
+    done = subprocess.run(
+        [sys.executable, '-c', PRELUDE + textwrap.dedent(code)],
+        env={**env, **environment}, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'
+    return done
+
+
+@pytest.fixture
+def no_variable(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def test_taichi_is_the_default_where_it_can_run(no_variable, caplog):
+    assert choose_backend(None, CPU) == choose_backend('auto', CPU) == 'taichi'
+    assert 'default' in explain_backend(None, CPU).reason
+    assert not caplog.records
+
+
+def test_the_environment_variable_chooses_and_the_argument_overrides_it(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'torch')
+    assert choose_backend(None, CPU) == 'torch'
+    assert ENVIRONMENT_VARIABLE in explain_backend(None, CPU).reason
+    assert choose_backend('taichi', CPU) == 'taichi'
+    assert choose_backend('auto', CPU) == 'taichi'
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, '')
+    assert choose_backend(None, CPU) == 'taichi'
+
+
+def test_unknown_names_are_refused_with_those_allowed(monkeypatch):
+    with pytest.raises(ValueError, match="the backend argument must be one of 'auto', 'taichi', 'torch', got 'Taichi'"):
+        choose_backend('Taichi', CPU)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'triton')
+    message = f"{ENVIRONMENT_VARIABLE} must be one of 'auto', 'taichi', 'torch', got 'triton'"
+    with pytest.raises(ValueError, match=message):
+        choose_backend(None, CPU)
+
+
+@pytest.mark.parametrize('device', ['mps', 'xpu', 'meta'])
+def test_devices_that_taichi_never_serves_fall_back_without_a_warning(device, no_variable, caplog):
+    assert choose_backend(None, torch.device(device)) == 'torch'
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match=f"asks for 'taichi'.*not on {device}"):
+        choose_backend('taichi', torch.device(device))
+
+
+def test_a_backend_asked_for_that_cannot_run_raises_and_one_chosen_falls_back_with_one_warning(
+        no_variable, monkeypatch, caplog):
+    monkeypatch.setattr(taichi_runtime, 'obstacle', lambda device: 'it rains')
+    monkeypatch.setattr(chooser, '_warned', set())
+    with pytest.raises(RuntimeError, match="the backend argument asks for 'taichi', which cannot run here: it rains"):
+        choose_backend('taichi', CPU)
+    assert not caplog.records
+    assert [choose_backend(None, CPU) for _ in range(3)] == ['torch'] * 3
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert 'it rains' in caplog.text
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'taichi')
+    with pytest.raises(RuntimeError, match=f'{ENVIRONMENT_VARIABLE} asks for'):
+        choose_backend(None, CPU)
+
+
+def test_only_the_first_visible_cuda_device_is_taichis(no_variable, monkeypatch):
+    monkeypatch.setattr(torch.version, 'cuda', '12.8')
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(taichi_runtime, '_ensure_program', lambda device_type: None)
+    assert explain_backend(None, torch.device('cuda', 0)).backend == 'taichi'
+    for device in (torch.device('cuda', 1), torch.device('cuda')):
+        choice = explain_backend(None, device)
+        assert choice.backend == 'torch' and choice.fallback
+        assert 'CUDA_VISIBLE_DEVICES' in choice.reason
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    assert 'graph' in explain_backend(None, torch.device('cuda', 0)).reason
+
+
+def test_a_chosen_backend_costs_little_per_call(no_variable):
+    choose_backend(None, CPU)
+    assert min(timeit.repeat(lambda: choose_backend(None, CPU), number=1000, repeat=5)) < 0.1  # under 100 us a call
+
+
+# -- a fresh process ---------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_operators_does_not_import_taichi():
+    run('''
+        import sys
+        assert not [name for name in sys.modules if name.split('.')[0] == 'taichi']
+        call('torch')
+        assert 'taichi' not in sys.modules
+    ''')
+
+
+def test_nothing_is_printed():
+    done = run("call('taichi'); assert 'taichi' in __import__('sys').modules")
+    assert done.stdout == done.stderr == ''
+
+
+def test_without_taichi_there_is_one_warning_and_the_call_runs():
+    done = run('''
+        import sys
+        sys.modules['taichi'] = None
+        agree(); agree('auto')
+    ''')
+    assert done.stdout == ''
+    assert done.stderr.count('Shift-wise operators run in plain PyTorch') == 1
+    assert 'cannot be imported' in done.stderr
+
+
+@pytest.mark.parametrize('argument, variable', [("'taichi'", 'auto'), ('None', 'taichi')])
+def test_without_taichi_asking_for_it_raises(argument, variable):
+    run(f'''
+        import sys
+        sys.modules['taichi'] = None
+        try:
+            call({argument})
+        except RuntimeError as error:
+            assert 'cannot be imported' in str(error)
+        else:
+            raise SystemExit('no error')
+    ''', TIMM_SHIFTWISE_BACKEND=variable)
+
+
+def test_the_environment_variable_keeps_taichi_out():
+    run("call(); import sys; assert 'taichi' not in sys.modules", TIMM_SHIFTWISE_BACKEND='torch')
+
+
+def test_the_process_is_left_as_it_was():
+    run('''
+        import logging, os, random, signal, sys, warnings
+        import numpy
+
+        def signals():
+            """Blocked, ignored and caught by native code; those above 31 the C library uses for threads."""
+            if not os.path.exists('/proc/self/status'):
+                return None
+            lines = [line.split() for line in open('/proc/self/status')]
+            return {name: int(mask, 16) & 0x7fffffff for name, mask in (line for line in lines if line[0] in (
+                'SigBlk:', 'SigIgn:', 'SigCgt:'))}
+
+        def state():
+            return {
+                'random': random.getstate(),
+                'numpy.random': numpy.random.get_state()[1].tolist(),
+                'torch.random': torch.get_rng_state().tolist(),
+                'handlers': [signal.getsignal(number) for number in sorted(signal.valid_signals())],
+                'signals': signals(),
+                'environment': dict(os.environ),
+                'directory': os.getcwd(),
+                'logging': (list(logging.root.handlers), logging.root.level),
+                'threads': (torch.get_num_threads(), torch.get_num_interop_threads()),
+                'errors': (numpy.geterr(), sys.excepthook),
+                'streams': (sys.stdout, sys.stderr),
+                'warnings': warnings.filters[:],
+                'dtype': torch.get_default_dtype(),
+                'umask': os.umask(os.umask(0o22)),
+            }
+
+        agree('torch')
+        before = state()
+        agree('taichi')
+        changed = {name: (value, state()[name]) for name, value in before.items() if value != state()[name]}
+        assert not changed, changed
+    ''')
+
+
+def test_threads_are_those_of_pytorch():
+    run('''
+        from timm_shiftwise.ops import taichi_runtime
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            agree('taichi')
+            assert taichi_runtime.num_threads() == threads == torch.get_num_threads()
+    ''')
+
+
+# -- somebody else's Taichi program ------------------------------------------------------------------------------------
+
+
+def test_a_running_program_is_used_and_keeps_its_fields():
+    run('''
+        import taichi as ti
+        ti.init(arch=ti.cpu, default_fp=ti.f64, default_ip=ti.i64)
+        field = ti.field(ti.f32, shape=8)
+        field.fill(3)
+        later = ti.field(ti.i32, shape=4)
+        program = ti.lang.impl.get_runtime().prog
+        agree('taichi')
+        assert ti.lang.impl.get_runtime().prog is program
+        assert field.to_numpy().tolist() == [3] * 8
+        later.fill(2)
+        new = ti.field(ti.i32, shape=3)
+        new.fill(1)
+        agree('taichi')
+        assert later.to_numpy().tolist() == [2] * 4 and new.to_numpy().tolist() == [1] * 3
+    ''')
+
+
+@pytest.mark.parametrize('options', [
+    'debug=True', 'real_matrix_scalarize=False', 'force_scalarize_matrix=True', 'fast_math=False',
+    'cpu_max_num_threads=1', 'opt_level=0', 'default_fp=ti.f16', 'kernel_profiler=True', 'offline_cache=False'])
+def test_kernels_run_in_a_program_with_other_settings(options):
+    run(f'''
+        import taichi as ti
+        ti.init(arch=ti.cpu, {options})
+        y.requires_grad_()
+        for backend in ('taichi', 'torch'):
+            out = call(backend)
+            grad, = torch.autograd.grad((out * out).sum(), y)
+            results = locals().setdefault('results', [])
+            results.append((out.detach(), grad))
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want)
+    ''')
+
+
+def test_a_program_on_another_architecture_is_left_alone():
+    done = run('''
+        import taichi as ti
+        try:
+            ti.init(arch=ti.vulkan, enable_fallback=False)
+            started = True
+        except Exception:
+            from unittest import mock
+            from timm_shiftwise.ops import taichi_runtime
+            ti.init(arch=ti.cpu)
+            mock.patch.object(taichi_runtime, '_fits', lambda *args: False).start()
+        program = ti.lang.impl.get_runtime().prog
+        agree()
+        assert ti.lang.impl.get_runtime().prog is program
+        try:
+            call('taichi')
+        except RuntimeError as error:
+            assert 'the Taichi program of this process runs on' in str(error)
+        else:
+            raise SystemExit('no error')
+    ''')
+    assert done.stderr.count('Shift-wise operators run in plain PyTorch') == 1
+
+
+def test_a_later_init_and_a_reset_by_the_user_do_no_harm():
+    run('''
+        import taichi as ti
+        agree('taichi')
+        ti.init(arch=ti.cpu)
+        field = ti.field(ti.f32, shape=8)
+        field.fill(3)
+        agree('taichi')
+        assert field.to_numpy().tolist() == [3] * 8
+        ti.reset()
+        agree('taichi')
+        ti.init(arch=ti.cpu, cpu_max_num_threads=1)
+        agree('taichi')
+    ''')
+
+
+def test_a_gradient_tape_of_the_user_does_not_record_the_kernels():
+    run('''
+        import taichi as ti
+        ti.init(arch=ti.cpu)
+        x = ti.field(ti.f32, shape=(), needs_grad=True)
+        loss = ti.field(ti.f32, shape=(), needs_grad=True)
+
+        source = (
+            "import taichi as ti\\n@ti.kernel\\ndef square(x: ti.template(), loss: ti.template()):\\n"
+            "    loss[None] += x[None] ** 2\\n")
+        import importlib.util, pathlib, tempfile
+        path = pathlib.Path(tempfile.mkdtemp()) / 'user_code.py'
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location('user_code', path)
+        user_code = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(user_code)
+
+        x[None] = 3
+        with ti.ad.Tape(loss):
+            user_code.square(x, loss)
+            agree('taichi')
+        assert x.grad[None] == 6
+    ''')
+
+
+# -- forks, workers and threads ----------------------------------------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
+FORK = '''
+import os, signal
+def in_child(function):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(240)  # a hang ends as a failure
+        function()
+        raise SystemExit(0)  # through the interpreter's whole shutdown
+    assert os.waitpid(pid, 0)[1] == 0
+'''
+
+
+@needs_fork
+def test_a_child_forked_after_taichi_started_falls_back_and_ends():
+    done = run(FORK + '''
+agree('taichi')
+torch.set_num_threads(1)
+in_child(agree)
+def forced():
+    try:
+        call('taichi')
+    except RuntimeError as error:
+        assert 'forked' in str(error)
+    else:
+        raise SystemExit(1)
+in_child(forced)
+agree('taichi')
+''')
+    assert done.stderr.count('Shift-wise operators run in plain PyTorch') == 1
+    assert 'before this process was forked' in done.stderr
+
+
+@needs_fork
+def test_a_child_forked_before_taichi_started_has_taichi():
+    run(FORK + '''
+torch.set_num_threads(1)
+in_child(lambda: agree('taichi'))
+in_child(lambda: agree('taichi'))
+agree('taichi')
+in_child(agree)
+''')
+
+
+@needs_fork
+def test_a_child_of_a_program_that_the_user_started_falls_back():
+    run(FORK + '''
+import taichi as ti
+ti.init(arch=ti.cpu)
+field = ti.field(ti.f32, shape=8)
+field.fill(3)
+torch.set_num_threads(1)
+in_child(agree)
+assert field.to_numpy().tolist() == [3] * 8
+''')
+
+
+DATASET = '''
+import torch
+from timm_shiftwise.ops.shift_add import shift_add
+
+
+class Dataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        y = torch.full([1, 4, 8, 8], float(index))
+        table = torch.tensor([[[0, 1, 2, 3]]], dtype=torch.int32)
+        return torch.stack(shift_add(y, table, table, table[:, :, 0], 11, 3))
+'''
+
+
+@pytest.mark.parametrize('started', [False, True], ids=['fresh', 'started'])
+@pytest.mark.parametrize('method', [pytest.param('fork', marks=needs_fork), 'spawn'])
+def test_data_loader_workers_call_the_operator(method, started, tmp_path):
+    (tmp_path / 'worker_data.py').write_text(DATASET)
+    run(f'''
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from worker_data import Dataset
+        if {started}:
+            agree('taichi')
+        loader = torch.utils.data.DataLoader(
+            Dataset(), batch_size=2, num_workers=2, multiprocessing_context={method!r}, timeout=240)
+        got = torch.cat(list(loader))
+        want = torch.stack([Dataset()[index] for index in range(6)])
+        torch.testing.assert_close(got, want)
+        agree('taichi')
+    ''')
+
+
+def test_four_python_threads_at_once():
+    run('''
+        import threading
+        errors = []
+
+        def work(channels):
+            try:
+                for repeat in range(20):
+                    y = torch.randn(2, 4 * channels, 10, 11, requires_grad=True)
+                    table = torch.randint(4, (1, channels, 4))
+                    branches = [
+                        shift_add(y, table, table, table[:, :, 0], 11, 3, 'full', name) for name in ('taichi', 'torch')]
+                    grads = [torch.autograd.grad([b * b for b in three], y, [torch.ones_like(b) for b in three])[0]
+                             for three in branches]
+                    torch.testing.assert_close(torch.stack(branches[0]), torch.stack(branches[1]))
+                    torch.testing.assert_close(*grads)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=[n + 1]) for n in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        if errors:
+            raise errors[0]
+    ''')
+
+
+@needs_fork
+def test_forking_while_other_threads_launch_does_not_hang():
+    run(FORK + '''
+import threading
+torch.set_num_threads(1)
+agree('taichi')  # PyTorch's own lazy imports do not survive a fork in the middle
+stop = threading.Event()
+def work():
+    while not stop.wait(0.001):
+        call('taichi')
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+[thread.start() for thread in threads]
+for _ in range(5):
+    in_child(agree)
+stop.set()
+[thread.join() for thread in threads]
+''')
