@@ -9,16 +9,15 @@ from torch import Tensor
 
 from timm_shiftwise.layers.wiring import Wiring, separate_wiring, shuffled_wiring
 from timm_shiftwise.ops import shiftwise_conv2d
-from timm_shiftwise.ops.shift_add import shift_add_torch
+from timm_shiftwise.ops.backend import explain_backend
 from timm_shiftwise.ops.shiftwise_conv import merged, ways
-from timm_shiftwise.ops.shiftwise_conv.frontend import small_conv2d
+from timm_shiftwise.ops.shiftwise_conv.small import reference_conv2d
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def definition(x: Tensor, weight: Tensor, wiring: Wiring, focus_length: int, padding: str) -> tuple[Tensor, ...]:
-    y = small_conv2d(x, weight, padding)
-    return shift_add_torch(y, *wiring[:3], focus_length, weight.shape[2], padding)
+    return reference_conv2d(x, weight, *wiring[:3], focus_length, padding)
 
 
 def make(channels, focus_length, kernel_size, shuffles, height, width, dtype=torch.float64, batch=2, density=1.):
@@ -51,7 +50,13 @@ WAYS_AND_PADDINGS = [(way, padding) for padding in ('full', 'same') for way in f
 @pytest.fixture
 def forced(monkeypatch):
     """Force one way."""
-    return lambda way: monkeypatch.setenv(ways.ENVIRONMENT_VARIABLE, way)
+    def force(way: str) -> None:
+        if way == 'fused':
+            choice = explain_backend('auto', torch.device('cpu'))
+            if choice.backend != 'taichi':
+                pytest.skip(f'Taichi cannot run here: {choice.reason}')
+        monkeypatch.setenv(ways.ENVIRONMENT_VARIABLE, way)
+    return force
 
 
 @pytest.mark.parametrize('way, padding', WAYS_AND_PADDINGS)
@@ -200,7 +205,9 @@ def test_the_weight_gradient_is_pytorchs(rows, columns, height, width, monkeypat
     torch.testing.assert_close(seen, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_the_merged_way_keeps_its_input_and_no_map_for_backward():
+@pytest.mark.parametrize('way', ways.WAYS)
+def test_nothing_larger_than_the_input_is_kept_for_backward(way, forced):
+    forced(way)
     x, weight, wiring = make(8, 51, 5, 4, 16, 16, dtype=torch.float32, batch=4)
     x.requires_grad_()
     kept: dict[int, int] = {}
@@ -211,10 +218,68 @@ def test_the_merged_way_keeps_its_input_and_no_map_for_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        merged.merged_conv2d(x, weight.requires_grad_(), *wiring[:3], 51)
+        shiftwise_conv2d(x, weight.requires_grad_(), *wiring[:3], 51)
     kept.pop(x.untyped_storage().data_ptr())
-    kernels = 8 * (2 * 59 * 5 + 5 * 5) * 4 + 4 * weight.numel() * 4
-    assert sum(kept.values()) <= kernels
+    tables = sum(table.nbytes for table in wiring[:3])
+    assert sum(kept.values()) <= weight.nbytes + tables
+
+
+@pytest.mark.parametrize('way, padding', WAYS_AND_PADDINGS)
+@pytest.mark.parametrize('density', [1., 0.4, 0.])
+def test_a_mask_silences_groups_and_stops_their_gradient(way, padding, density, forced):
+    x, weight, wiring = make(5, 13, 3, 2, 7, 9)
+    mask = torch.rand(weight.shape[:2], generator=torch.Generator().manual_seed(1)) < density
+    results = []
+    for compute in ('definition', way):
+        xs, ws = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        if compute == 'definition':
+            out = definition(xs, ws * mask[:, :, None, None], wiring, 13, padding)
+        else:
+            forced(way)
+            out = shiftwise_conv2d(xs, ws, *wiring[:3], 13, padding, mask)
+        results.append((*out, *torch.autograd.grad(sum(o.cos().sum() for o in out), (xs, ws))))
+    assert_close(results[1], results[0], 1e-12)
+    assert results[1][-1][~mask].eq(0).all()
+
+
+@pytest.mark.parametrize('way, padding', WAYS_AND_PADDINGS)
+def test_gradgradcheck_under_a_mask(way, padding, forced):
+    x, weight, wiring = make(2, 5, 3, 1, 3, 4, batch=1)
+    mask = torch.tensor([[True, False], [False, True]])
+    forced(way)
+
+    def compute(x, weight):
+        return shiftwise_conv2d(x, weight, *wiring[:3], 5, padding, mask)
+
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(compute, inputs)
+    assert torch.autograd.gradgradcheck(compute, inputs)
+
+
+def test_the_operators_pass_opcheck():
+    x, weight, wiring = make(3, 7, 3, 2, 5, 4)
+    mask = torch.rand(weight.shape[:2]) < 0.5
+    ops = torch.ops.timm_shiftwise
+    for kept in (None, mask):
+        masked = weight if kept is None else weight * kept[:, :, None, None]
+        arguments = (x.clone().requires_grad_(), masked.clone().requires_grad_(), *wiring[:3], kept, 7, 'full', None)
+        torch.library.opcheck(ops.shiftwise_conv2d.default, arguments)
+        grads = [torch.randn_like(x).requires_grad_() for _ in range(3)]
+        torch.library.opcheck(ops.shiftwise_conv2d_backward.default, (*grads, *arguments, True, True))
+
+
+def test_what_does_not_fit_together_is_refused():
+    x, weight, wiring = make(2, 5, 3, 1, 4, 4)
+    with pytest.raises(ValueError, match=r'\[C = 2, K, N, N\]'):
+        shiftwise_conv2d(x, weight[:1], *wiring[:3], 5)
+    with pytest.raises(ValueError, match='horizontal'):
+        shiftwise_conv2d(x, weight, *wiring[:3], 9)
+    with pytest.raises(ValueError, match='mask'):
+        shiftwise_conv2d(x, weight, *wiring[:3], 5, 'full', torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="'valid'"):
+        shiftwise_conv2d(x, weight, *wiring[:3], 5, 'valid')
+    with pytest.raises(TypeError, match='float32'):
+        shiftwise_conv2d(x.float(), weight, *wiring[:3], 5)
 
 
 def test_a_way_that_does_not_fit_is_refused(forced):

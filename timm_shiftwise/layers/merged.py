@@ -180,6 +180,7 @@ class MergedShiftwiseConv2d(nn.Module):
                 self.identity,
                 self.focus_length,
                 self.padding,
+                None,
                 self.backend,
             )
             out = (

@@ -141,12 +141,13 @@ class ShiftwiseConv2d(nn.Module):
         worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x
         h, v, i = shiftwise_conv2d(
             worked,
-            self.summed_weight(),
+            self.weight.sum(0),  # the paths amount to one: [C, K, N, N]
             self.horizontal,
             self.vertical,
             self.identity,
             self.focus_length,
             self.padding,
+            self.mask,
             self.backend,
         )
         out = self.norm_h(h) + self.norm_v(v) + self.norm_i(i)

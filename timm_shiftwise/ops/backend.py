@@ -32,6 +32,28 @@ class BackendChoice(NamedTuple):
     fallback: bool = False
 
 
+def requested_backend(requested: str | None) -> tuple[str, str]:
+    """What was asked for, and by what.
+
+    Args:
+        requested: The backend argument of a call; None follows the environment variable
+            ``TIMM_SHIFTWISE_BACKEND``, else ``'auto'``.
+
+    Returns:
+        One of :data:`BACKENDS` and the name of its source.
+
+    Raises:
+        ValueError: If the backend asked for is unknown.
+    """
+    source = 'the backend argument'
+    if requested is None:
+        requested = os.environ.get(ENVIRONMENT_VARIABLE) or 'auto'
+        source = f'the environment variable {ENVIRONMENT_VARIABLE}'
+    if requested not in BACKENDS:
+        raise ValueError(f'{source} must be one of {", ".join(map(repr, BACKENDS))}, got {requested!r}.')
+    return requested, source
+
+
 def explain_backend(requested: str | None, device: torch.device) -> BackendChoice:
     """Choose the implementation of an operator and say why.
 
@@ -47,12 +69,7 @@ def explain_backend(requested: str | None, device: torch.device) -> BackendChoic
         ValueError: If the backend asked for is unknown.
         RuntimeError: If the backend asked for cannot run here.
     """
-    source = 'the backend argument'
-    if requested is None:
-        requested = os.environ.get(ENVIRONMENT_VARIABLE) or 'auto'
-        source = f'the environment variable {ENVIRONMENT_VARIABLE}'
-    if requested not in BACKENDS:
-        raise ValueError(f'{source} must be one of {", ".join(map(repr, BACKENDS))}, got {requested!r}.')
+    requested, source = requested_backend(requested)
     if requested == 'torch':
         return BackendChoice('torch', f'asked for by {source}')
     obstacle = taichi_runtime.obstacle(device)

@@ -65,9 +65,9 @@ def _check_maps(y: Tensor, horizontal: Tensor, kernel_size: int, padding: str) -
         raise TypeError(f'y must be one of {", ".join(map(str, _DTYPES))}, got {y.dtype}.')
     if y.ndim != 4:
         raise ValueError(f'y must have the shape [B, C * K, map(H), map(W)], got {tuple(y.shape)}.')
-    if horizontal.ndim != 3 or horizontal.shape[1] < 1:
+    if horizontal.ndim != 3 or min(horizontal.shape) < 1:
         raise ValueError(
-            f'horizontal must have the shape [R, C, G] with C of at least 1, got {tuple(horizontal.shape)}.')
+            f'horizontal must have the shape [R, C, G] with R, C and G of at least 1, got {tuple(horizontal.shape)}.')
     if y.shape[1] % horizontal.shape[1] or y.shape[1] < 1:
         raise ValueError(f'y must have a multiple of C = {horizontal.shape[1]} channels, got {y.shape[1]}.')
     smallest = map_size(1, kernel_size, padding)

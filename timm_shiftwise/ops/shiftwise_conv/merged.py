@@ -37,9 +37,13 @@ def assemble_kernels(
 def _gathered(weight: Tensor, table: Tensor) -> Tensor:
     """Of small kernels [C, K, N, N] those that a table [R, C, places] names, summed over R: [C, places, N, N]."""
     channels, maps, size, _ = weight.shape
-    first = torch.arange(channels, device=weight.device)[None, :, None] * maps
-    kernels = weight.flatten(0, 1).index_select(0, (table + first).flatten())
+    kernels = weight.flatten(0, 1).index_select(0, _kernel_index(table, maps).flatten())
     return kernels.view(table.shape[0], channels, table.shape[2], size, size).sum(0)
+
+
+def _kernel_index(table: Tensor, maps: int) -> Tensor:
+    """Index among the kernels [C * K, N, N] of all channels that a table [R, C, places] stands for."""
+    return table + torch.arange(table.shape[1], device=table.device)[None, :, None] * maps
 
 
 def centred(kernel: Tensor, row: int, column: int) -> Tensor:
@@ -77,83 +81,26 @@ def depthwise_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> T
         x, kernel.unsqueeze(1), bias, padding=[kernel.shape[1] // 2, kernel.shape[2] // 2], groups=kernel.shape[0])
 
 
-def wide_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolution with a wide kernel on the transposed map: PyTorch's CPU kernels are made for tall ones."""
-    turned = depthwise_conv2d(x.transpose(2, 3).contiguous(), kernel.transpose(1, 2).contiguous())
-    return turned.transpose(2, 3).contiguous()
-
-
 def large_depthwise_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolution whose backward does not wait for PyTorch's slow weight gradient.
+    """Depthwise convolution with large kernels [C, rows, columns] of odd sides, without what lies beyond the map.
 
-    The gradient of the input is a forward convolution with the turned kernel; that of the weight a batched matrix
-    product (:func:`depthwise_weight_gradient`). It keeps its input and nothing else. Both are differentiable again. To
-    a compiler it is one operator, whatever the size of the map: what lies beyond the map's reach is cut off inside.
-
-    Args:
-        x: Input [B, C, H, W].
-        kernel: Kernels [C, rows, columns] of odd sides, in the dtype of ``x``.
-
-    Returns:
-        Output [B, C, H, W], contiguous.
+    A wide kernel runs on the transposed map on the CPU: PyTorch's kernels there are made for tall ones.
     """
-    return torch.ops.timm_shiftwise.large_depthwise_conv2d(x, kernel)
+    kernel = within_reach(kernel, x.shape[2], x.shape[3])
+    if kernel.shape[2] > kernel.shape[1] and x.device.type == 'cpu':
+        return depthwise_conv2d(x.mT.contiguous(), kernel.mT.contiguous()).mT
+    return depthwise_conv2d(x, kernel)
 
 
-@torch.library.custom_op('timm_shiftwise::large_depthwise_conv2d', mutates_args=())
-def _large_depthwise_conv2d(x: Tensor, kernel: Tensor) -> Tensor:
-    return _convolve(x, within_reach(kernel, x.shape[2], x.shape[3])).contiguous()
-
-
-@_large_depthwise_conv2d.register_fake
-def _(x, kernel):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op('timm_shiftwise::large_depthwise_conv2d_weight', mutates_args=())
-def _large_depthwise_conv2d_weight(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
+def large_depthwise_weight_gradient(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
+    """Gradient of the kernels of :func:`large_depthwise_conv2d`, [C, rows, columns]."""
     height, width = min(rows, 2 * x.shape[2] - 1), min(columns, 2 * x.shape[3] - 1)  # within reach
     if height >= width:
         grad_kernel = depthwise_weight_gradient(x, grad, height, width)
     else:
         grad_kernel = depthwise_weight_gradient(x.mT, grad.mT, width, height).mT
     above, left = (rows - height) // 2, (columns - width) // 2
-    return F.pad(grad_kernel, [left, left, above, above]).contiguous()
-
-
-@_large_depthwise_conv2d_weight.register_fake
-def _(x, grad, rows, columns):
-    return x.new_empty([x.shape[1], rows, columns], dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _keep_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _grad_large_depthwise_conv2d(ctx, grad):
-    x, kernel = ctx.saved_tensors
-    grad_x = large_depthwise_conv2d(grad, kernel.flip(1, 2)) if ctx.needs_input_grad[0] else None
-    grad_kernel = None
-    if ctx.needs_input_grad[1]:
-        grad_kernel = torch.ops.timm_shiftwise.large_depthwise_conv2d_weight(
-            x, grad, kernel.shape[1], kernel.shape[2]).to(kernel.dtype)
-    return grad_x, grad_kernel
-
-
-def _grad_large_depthwise_conv2d_weight(ctx, grad_kernel):
-    x, grad = ctx.saved_tensors
-    grad_kernel = grad_kernel.to(x.dtype)
-    return large_depthwise_conv2d(grad, grad_kernel.flip(1, 2)), large_depthwise_conv2d(x, grad_kernel), None, None
-
-
-_large_depthwise_conv2d.register_autograd(_grad_large_depthwise_conv2d, setup_context=_keep_inputs)
-_large_depthwise_conv2d_weight.register_autograd(_grad_large_depthwise_conv2d_weight, setup_context=_keep_inputs)
-
-
-def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    if kernel.shape[2] > kernel.shape[1] and x.device.type == 'cpu':
-        return wide_conv2d(x, kernel)
-    return depthwise_conv2d(x, kernel)
+    return F.pad(grad_kernel, [left, left, above, above])
 
 
 _WINDOW_ELEMENTS = 2 ** 20
@@ -237,17 +184,82 @@ def merged_conv2d(
     Returns:
         The horizontal, vertical and identity branches, each [B, C, H, W].
     """
-    wide, tall, square = assemble_kernels(weight, horizontal, vertical, identity)
-    size = square.shape[1]
-    wide = centred(wide, size // 2, focus_length // 2)
-    tall = centred(tall, focus_length // 2, size // 2)
-    square = centred(square, size // 2, size // 2)
+    wide, tall, square = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
     if torch.jit.is_scripting():
         return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
     else:
         if graph_leaves_python():
             return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
         return large_depthwise_conv2d(x, wide), large_depthwise_conv2d(x, tall), large_depthwise_conv2d(x, square)
+
+
+def _centred_kernels(
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        focus_length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, tall, square = assemble_kernels(weight, horizontal, vertical, identity)
+    size = square.shape[1]
+    return (
+        centred(wide, size // 2, focus_length // 2),
+        centred(tall, focus_length // 2, size // 2),
+        centred(square, size // 2, size // 2),
+    )
+
+
+def merged_conv2d_backward(
+        grad_h: Tensor,
+        grad_v: Tensor,
+        grad_i: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        focus_length: int,
+        need_x: bool,
+        need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input and of the small kernels of :func:`merged_conv2d`; None where not wanted.
+
+    That of the input is a forward convolution with the turned kernels; that of a large kernel, which PyTorch is slow
+    at, a batched matrix product (:func:`depthwise_weight_gradient`), of which every small kernel gathers its places.
+    """
+    grads = (grad_h, grad_v, grad_i)
+    kernels = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
+    grad_x = None
+    if need_x:
+        grad_x = large_depthwise_conv2d(grad_h, kernels[0].flip(1, 2))
+        for grad, kernel in zip(grads[1:], kernels[1:], strict=True):
+            grad_x = grad_x + large_depthwise_conv2d(grad, kernel.flip(1, 2))
+    if not need_weight:
+        return grad_x, None
+    size, groups = weight.shape[2], horizontal.shape[2]
+    wide, tall, square = (
+        large_depthwise_weight_gradient(x, grad, kernel.shape[1], kernel.shape[2])
+        for grad, kernel in zip(grads, kernels, strict=True)
+    )
+    # undo the centring, then cut into places: [C, G, N, N] twice, [C, 1, N, N]
+    wide = _uncentred(wide, size // 2, focus_length // 2, size, groups * size)
+    tall = _uncentred(tall, focus_length // 2, size // 2, groups * size, size)
+    square = _uncentred(square, size // 2, size // 2, size, size)
+    grad_kernels = torch.zeros_like(weight.flatten(0, 1), dtype=wide.dtype)
+    for pieces, table in (
+            (wide.unflatten(2, (groups, size)).transpose(1, 2), horizontal),
+            (tall.unflatten(1, (groups, size)), vertical),
+            (square.unsqueeze(1), identity[:, :, None]),
+    ):
+        index = _kernel_index(table, weight.shape[1])
+        grad_kernels.index_add_(0, index.flatten(), pieces.expand(len(table), -1, -1, -1, -1).flatten(0, 2))
+    return grad_x, grad_kernels.view_as(weight).to(weight.dtype)
+
+
+def _uncentred(kernel: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
+    """The part of centred kernels that :func:`centred` was given: its element at ``row``, ``column`` is the middle."""
+    above, left = kernel.shape[1] // 2 - row, kernel.shape[2] // 2 - column
+    return kernel[:, above:above + rows, left:left + columns]
 
 
 def add_centred(first: Tensor, second: Tensor) -> Tensor:

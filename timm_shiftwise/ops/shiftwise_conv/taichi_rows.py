@@ -435,7 +435,9 @@ def backward_kernel(real: Any) -> Any:
                                             for a in ti.static(range(n)):
                                                 sums[a] += grad * memory[seen + a * source + v]
                                     for a in ti.static(range(n)):
-                                        memory[kernels + (k * n + a) * n + b] += sums[a]
+                                        # written out: += on an array is atomic, which vectors cannot be
+                                        at = kernels + (k * n + a) * n + b
+                                        memory[at] = memory[at] + sums[a]
                     if ti.static(want_x):
                         for i in range(height):
                             for v in range(vectors):
