@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from timm_shiftwise import geometry
+from timm_shiftwise.ops.backend import explain_backend
 from timm_shiftwise.ops.shift_add import shift_add
 
 CONFORMANCE = Path(__file__).parent / 'conformance'
@@ -378,3 +379,21 @@ def good_arguments():
 def test_wrong_arguments_are_refused_and_named(change, error, message):
     with pytest.raises(error, match=message):
         shift_add(**{**good_arguments(), **change})
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('padding', ['full', 'same'])
+@pytest.mark.parametrize('focus_length, kernel_size, height, width', [(13, 5, 9, 4), (4, 2, 1, 7), (7, 3, 5, 5)])
+def test_the_kernels_for_gpus_agree_on_the_cpu(focus_length, kernel_size, height, width, padding, dtype, monkeypatch):
+    choice = explain_backend('auto', torch.device('cpu'))
+    if choice.backend != 'taichi':
+        pytest.skip(f'Taichi cannot run here: {choice.reason}')
+    from timm_shiftwise.ops.shift_add import taichi_impl
+    groups = geometry.num_groups(focus_length, kernel_size)
+    tables = random_tables(2, 3, groups, focus_length, kernel_size)
+    y = random_maps(2, 3, groups, height, width, kernel_size, padding, dtype)
+    monkeypatch.setattr(taichi_impl, '_in_rows', lambda device: False)
+    wanted = run_with_gradient(y, tables, focus_length, kernel_size, padding, 'torch')
+    seen = run_with_gradient(y, tables, focus_length, kernel_size, padding, 'taichi')
+    for a, b in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=8 * TOLERANCE[dtype], atol=8 * TOLERANCE[dtype])

@@ -1,6 +1,6 @@
 """The shift-add for GPUs: one thread an output element, each reading what it sums.
 
-Written with care but not run on CUDA: no CUDA machine was at hand. (They are tested on the CPU.)
+Written with care but not run on CUDA: no CUDA machine was at hand. (The tests run these kernels on the CPU.)
 """
 # mypy: disable-error-code="valid-type, name-defined"
 from timm_shiftwise.ops.taichi_lanes import load, store
@@ -22,6 +22,7 @@ def forward_gather(
         map_width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
         kind: ti.template(), real: ti.template(),
 ):
+    """The three branches, one thread an output pixel."""
     for pixel in range(planes * height * width):
         j = pixel % width
         i = pixel // width % height
@@ -59,6 +60,7 @@ def backward_gather(
         map_width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
         kind: ti.template(), real: ti.template(),
 ):
+    """The gradient of the maps, one thread an element of a map."""
     for pixel in range(planes * maps * map_height * map_width):
         q = pixel % map_width
         p = pixel // map_width % map_height

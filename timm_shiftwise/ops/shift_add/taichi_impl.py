@@ -28,6 +28,11 @@ def _parts(batch: int, elements: int) -> list[slice]:
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
+def _in_rows(device: torch.device) -> bool:
+    """Whether the kernels that work on whole rows in vectors run, and not those with one thread an element."""
+    return device.type == 'cpu'
+
+
 def shift_add_taichi(
         y: Tensor,
         horizontal: Tensor,
@@ -67,7 +72,7 @@ def shift_add_taichi(
             channels, rows // channels, height, width, map_height, map_width, shuffles, groups,
             shift(0, focus_length, kernel_size, padding), kernel_size, e)
         with launching(y.device):
-            if y.device.type != 'cpu':
+            if not _in_rows(y.device):
                 forward_gather(*arrays, *branches, planes, *sizes, kind, real)
                 continue
             layout = forward_layout(
@@ -124,7 +129,7 @@ def shift_add_backward_taichi(
             channels, maps, height, width, map_height, map_width, shuffles, groups,
             shift(0, focus_length, kernel_size, padding), kernel_size, e)
         with launching(grad_h.device):
-            if grad_h.device.type != 'cpu':
+            if not _in_rows(grad_h.device):
                 backward_gather(*arrays, *tables, flat(grad_y[part]), planes, *sizes, kind, real)
                 continue
             layout = backward_layout(height, width, map_width, focus_length, kernel_size, padding, most_vectors())
