@@ -22,7 +22,7 @@ from .digits import CLASSES
 MODEL = 'test_sw'
 """Name of the network that is trained."""
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 
 _LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 0.05
