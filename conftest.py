@@ -3,6 +3,10 @@ import os
 
 import pytest
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    # one worker a core: a pool of threads in each, and in the processes that tests start, would only get in its way
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 ALLOWED_SKIPS = (
     'TIMM_SCRIPTS',  # timm's scripts come with a clone of timm, not with its wheel
     'CUDA',  # the machine has no NVIDIA GPU
