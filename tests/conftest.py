@@ -5,13 +5,19 @@ import torch
 from timm_shiftwise.ops.backend import explain_backend
 
 
+@pytest.fixture
+def needs_taichi() -> None:
+    """Skip a test where Taichi cannot run."""
+    choice = explain_backend('auto', torch.device('cpu'))
+    if choice.backend != 'taichi':
+        pytest.skip(f'Taichi cannot run here: {choice.reason}')
+
+
 @pytest.fixture(params=['torch', 'taichi'])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every implementation of an operator that can run here."""
     if request.param == 'taichi':
-        choice = explain_backend('auto', torch.device('cpu'))
-        if choice.backend != 'taichi':
-            pytest.skip(f'Taichi cannot run here: {choice.reason}')
+        request.getfixturevalue('needs_taichi')
     return request.param
 
 

@@ -6,18 +6,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_shiftwise.geometry import num_groups, small_padding
-from timm_shiftwise.ops.backend import explain_backend
 from timm_shiftwise.ops.shift_add import shift_add_torch
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # relative to the largest value: the reference rounds its maps to the type, the fused kernel only its results
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-pytestmark = [
-    pytest.mark.usefixtures('poisoned_memory'),
-    pytest.mark.skipif(
-        explain_backend('auto', torch.device('cpu')).backend != 'taichi', reason='Taichi cannot run here'),
-]
+pytestmark = pytest.mark.usefixtures('poisoned_memory', 'needs_taichi')
 
 
 def problem(batch, channels, maps, height, width, shuffles, focus_length, kernel_size, density, dtype, seed=0):

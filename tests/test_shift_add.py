@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from timm_shiftwise import geometry
-from timm_shiftwise.ops.backend import explain_backend
 from timm_shiftwise.ops.shift_add import shift_add
 
 CONFORMANCE = Path(__file__).parent / 'conformance'
@@ -384,10 +383,8 @@ def test_wrong_arguments_are_refused_and_named(change, error, message):
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('padding', ['full', 'same'])
 @pytest.mark.parametrize('focus_length, kernel_size, height, width', [(13, 5, 9, 4), (4, 2, 1, 7), (7, 3, 5, 5)])
+@pytest.mark.usefixtures('needs_taichi')
 def test_the_kernels_for_gpus_agree_on_the_cpu(focus_length, kernel_size, height, width, padding, dtype, monkeypatch):
-    choice = explain_backend('auto', torch.device('cpu'))
-    if choice.backend != 'taichi':
-        pytest.skip(f'Taichi cannot run here: {choice.reason}')
     from timm_shiftwise.ops.shift_add import taichi_impl
     groups = geometry.num_groups(focus_length, kernel_size)
     tables = random_tables(2, 3, groups, focus_length, kernel_size)

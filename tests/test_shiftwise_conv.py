@@ -9,7 +9,6 @@ from torch import Tensor
 
 from timm_shiftwise.layers.wiring import Wiring, separate_wiring, shuffled_wiring
 from timm_shiftwise.ops import shiftwise_conv2d
-from timm_shiftwise.ops.backend import explain_backend
 from timm_shiftwise.ops.shiftwise_conv import merged, ways
 from timm_shiftwise.ops.shiftwise_conv.small import reference_conv2d
 
@@ -48,13 +47,11 @@ WAYS_AND_PADDINGS = [(way, padding) for padding in ('full', 'same') for way in f
 
 
 @pytest.fixture
-def forced(monkeypatch):
+def forced(monkeypatch, request):
     """Force one way."""
     def force(way: str) -> None:
         if way == 'fused':
-            choice = explain_backend('auto', torch.device('cpu'))
-            if choice.backend != 'taichi':
-                pytest.skip(f'Taichi cannot run here: {choice.reason}')
+            request.getfixturevalue('needs_taichi')
         monkeypatch.setenv(ways.ENVIRONMENT_VARIABLE, way)
     return force
 

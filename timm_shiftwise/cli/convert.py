@@ -1,13 +1,12 @@
 """`timm-shiftwise convert SOURCE --output DIR`: a checkpoint becomes a folder that timm and the Hub understand."""
 import argparse
-import ast
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import CommandError
+from .network import model_argument
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -24,7 +23,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser.add_argument('--output', metavar='DIR', required=True, help='the folder to write')
     parser.add_argument('--model', metavar='NAME', help='the network, where the checkpoint does not tell it')
     parser.add_argument(
-        '--model-kwargs', metavar='NAME=VALUE', nargs='+', default=[], type=_argument,
+        '--model-kwargs', metavar='NAME=VALUE', nargs='+', default=[], type=model_argument,
         help='arguments of the network that the checkpoint does not tell, such as focus_lengths=51,49,47,13')
     parser.add_argument('--reparameterize', action='store_true', help='merge the network for inference')
     parser.add_argument(
@@ -37,16 +36,6 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     card.add_argument(
         '--result', metavar=('RESULT', 'SOURCE'), nargs=2, action='append', default=[],
         help='a result and where it is published or how it was measured')
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition('=')
-    if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f'expected NAME=VALUE, got {text!r}')
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def run(args: argparse.Namespace) -> int:

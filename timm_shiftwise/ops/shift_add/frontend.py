@@ -55,7 +55,7 @@ def shift_add(
     """
     check_geometry(focus_length, kernel_size, padding)
     _check_maps(y, horizontal, kernel_size, padding)
-    _check_tables(horizontal, vertical, identity, focus_length, kernel_size)
+    check_tables(horizontal, vertical, identity, horizontal.shape[1], focus_length, kernel_size)
     return torch.ops.timm_shiftwise.shift_add(
         y, horizontal, vertical, identity, focus_length, kernel_size, padding, backend)
 
@@ -65,9 +65,7 @@ def _check_maps(y: Tensor, horizontal: Tensor, kernel_size: int, padding: str) -
         raise TypeError(f'y must be one of {", ".join(map(str, _DTYPES))}, got {y.dtype}.')
     if y.ndim != 4:
         raise ValueError(f'y must have the shape [B, C * K, map(H), map(W)], got {tuple(y.shape)}.')
-    if horizontal.ndim != 3 or min(horizontal.shape) < 1:
-        raise ValueError(
-            f'horizontal must have the shape [R, C, G] with R, C and G of at least 1, got {tuple(horizontal.shape)}.')
+    _check_order(horizontal)
     if y.shape[1] % horizontal.shape[1] or y.shape[1] < 1:
         raise ValueError(f'y must have a multiple of C = {horizontal.shape[1]} channels, got {y.shape[1]}.')
     smallest = map_size(1, kernel_size, padding)
@@ -77,15 +75,29 @@ def _check_maps(y: Tensor, horizontal: Tensor, kernel_size: int, padding: str) -
             f'and columns, got {tuple(y.shape[2:])}.')
 
 
-def _check_tables(
+def _check_order(horizontal: Tensor) -> None:
+    if horizontal.ndim != 3 or min(horizontal.shape) < 1:
+        raise ValueError(
+            f'horizontal must have the shape [R, C, G] with R, C and G of at least 1, got {tuple(horizontal.shape)}.')
+
+
+def check_tables(
         horizontal: Tensor,
         vertical: Tensor,
         identity: Tensor,
+        channels: int,
         focus_length: int,
         kernel_size: int,
 ) -> None:
+    """Refuse index tables that do not fit C channels and the geometry.
+
+    Raises:
+        TypeError: If a table does not hold integers.
+        ValueError: If a shape does not fit.
+    """
+    _check_order(horizontal)
     groups = num_groups(focus_length, kernel_size)
-    shuffles, channels, _ = horizontal.shape
+    shuffles = horizontal.shape[0]
     for name, table, shape in (
             ('horizontal', horizontal, (shuffles, channels, groups)),
             ('vertical', vertical, (shuffles, channels, groups)),

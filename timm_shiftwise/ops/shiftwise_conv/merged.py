@@ -290,6 +290,5 @@ def large_kernel_conv2d(x: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> 
     else:
         if graph_leaves_python() or torch.compiler.is_compiling() or x.device.type != 'cpu':
             return depthwise_conv2d(x, tall, bias) + depthwise_conv2d(x, wide)
-        tall, wide = within_reach(tall, x.shape[2], x.shape[3]), within_reach(wide, x.shape[2], x.shape[3])
-        turned = depthwise_conv2d(x.mT.contiguous(), wide.mT.contiguous())
-        return depthwise_conv2d(x, tall, bias).add_(turned.mT)
+        out = depthwise_conv2d(x, within_reach(tall, x.shape[2], x.shape[3]), bias)
+        return out.add_(large_depthwise_conv2d(x, wide))

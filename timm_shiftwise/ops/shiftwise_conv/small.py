@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_shiftwise.geometry import check_geometry, num_groups, small_padding
-from timm_shiftwise.ops.shift_add import shift_add_torch
+from timm_shiftwise.geometry import check_geometry, small_padding
+from timm_shiftwise.ops.shift_add import check_tables, shift_add_torch
 
 
 def check(
@@ -20,6 +20,7 @@ def check(
     """Refuse what does not fit together.
 
     Raises:
+        TypeError: If a table does not hold integers.
         ValueError: If a shape or a setting does not fit.
     """
     if torch.jit.is_tracing():  # sizes are tensors then
@@ -30,20 +31,7 @@ def check(
         raise ValueError(f'weight must have the shape [C = {x.shape[1]}, K, N, N], got {tuple(weight.shape)}.')
     channels, maps, size, _ = weight.shape
     check_geometry(focus_length, size, padding)
-    groups = num_groups(focus_length, size)
-    shuffles = horizontal.shape[0]
-    if shuffles < 1:
-        raise ValueError(
-            f'horizontal must have the shape [R, C, G] with R of at least 1, got {tuple(horizontal.shape)}.')
-    for name, table, shape in (
-            ('horizontal', horizontal, (shuffles, channels, groups)),
-            ('vertical', vertical, (shuffles, channels, groups)),
-            ('identity', identity, (shuffles, channels)),
-    ):
-        if tuple(table.shape) != shape:
-            raise ValueError(
-                f'{name} must have the shape {shape} (focus length {focus_length} and kernel size {size} make {groups} '
-                f'groups), got {tuple(table.shape)}.')
+    check_tables(horizontal, vertical, identity, channels, focus_length, size)
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (channels, maps)):
         raise ValueError(
             f'mask must be bool and have the shape {(channels, maps)}, got {mask.dtype} and {tuple(mask.shape)}.')
