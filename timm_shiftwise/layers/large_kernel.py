@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry
+from timm_shiftwise.ops import in_autocast_dtype
 
 from .merged import MergedLargeKernelConv2d, fold_batch_norm, merge_large_kernels
 
@@ -43,6 +44,7 @@ class LargeKernelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
+        x = in_autocast_dtype(x)  # once, not once for each convolution
         height, width = x.shape[2], x.shape[3]
         # an even side makes one row or column more than the image has; of an odd one nothing is cut
         h = self.conv_h(x)[:, :, :height, :width]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry, num_groups, small_padding
-from timm_shiftwise.ops import shiftwise_conv2d
+from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
 from timm_shiftwise.ops.shiftwise_conv.merged import (
     add_centred,
     assemble_kernels,
@@ -166,6 +166,7 @@ class MergedShiftwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         refuse_training(self.training)
+        x = in_autocast_dtype(x)  # or the skip and the ghosts would make the output float32
         if self.num_ghost > 0:
             x = x.contiguous()  # or each of the two selections makes a copy of its own
         worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x
@@ -183,10 +184,10 @@ class MergedShiftwiseConv2d(nn.Module):
                 None,
                 self.backend,
             )
-            out = (
-                h * self.scale_h[:, None, None] + v * self.scale_v[:, None, None] + i * self.scale_i[:, None, None]
-                + self.bias[:, None, None]
-            )
+            # under autocast the factors are of a higher precision than the branches
+            scale_h, scale_v, scale_i, bias = [
+                factor.to(h.dtype)[:, None, None] for factor in (self.scale_h, self.scale_v, self.scale_i, self.bias)]
+            out = h * scale_h + v * scale_v + i * scale_i + bias
             if self.inner_skip:
                 out = out + worked
         if self.num_ghost > 0:

@@ -8,12 +8,13 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry, small_padding
-from timm_shiftwise.ops import shiftwise_conv2d
+from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
 
 from .merged import MergedShiftwiseConv2d, fold_batch_norm, refuse_other_geometry
 from .wiring import separate_wiring, shuffled_wiring, split_ghost
 
-# fx sees one node; what is inside chooses by device and backend
+# fx sees one node; what is inside chooses by device, backend and autocast
+register_notrace_function(in_autocast_dtype)
 register_notrace_function(shiftwise_conv2d)
 
 OPERATORS = ('sw', 'p_sw', 'eq_slak')
@@ -136,6 +137,7 @@ class ShiftwiseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
+        x = in_autocast_dtype(x)  # or the skip and the ghosts would make the output float32
         if self.num_ghost > 0:
             x = x.contiguous()  # or each of the two selections makes a copy of its own
         worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x

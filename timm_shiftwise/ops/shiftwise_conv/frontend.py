@@ -8,6 +8,7 @@ two.
 import torch
 from torch import Tensor
 
+from timm_shiftwise.ops.autocast import in_autocast_dtype
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from . import merged, small
@@ -58,10 +59,7 @@ def shiftwise_conv2d(
     if torch.jit.is_scripting():
         return _plain(x, weight, horizontal, vertical, identity, focus_length, padding)
     else:
-        # PyTorch refuses the question for the meta device
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = in_autocast_dtype(x), in_autocast_dtype(weight)
         if x.dtype != weight.dtype:
             raise TypeError(f'x and weight must have one dtype, got {x.dtype} and {weight.dtype}.')
         if graph_leaves_python():
