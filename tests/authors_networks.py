@@ -95,7 +95,7 @@ class AuthorsNetwork:
                 layer(f'{name}.1', dim, before, 2, 2)
             for j in range(self.depths[i]):
                 name, length = f'stages.{i}.{j}', self.lengths[i]
-                normal(f'{name}.gamma', dim)
+                normal(f'{name}.gamma', dim, std=0.1)  # the deep networks magnify rounding at five times as much
                 kernels = f'{name}.large_kernel'
                 if self.kind == 'slak':
                     layer(f'{kernels}.LoRA1.conv', dim, 1, length, self.size, bias=False)

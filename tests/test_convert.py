@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -22,8 +21,8 @@ import torch
 import yaml
 from authors_networks import AuthorsNetwork
 from packaging.version import Version
-from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from usage_code import code_blocks, serve_a_photo
 
 import timm_shiftwise
 from timm_shiftwise.cli import main
@@ -244,20 +243,45 @@ def test_results_are_those_the_user_gives_with_their_source(tmp_path):
     assert 'Top-1 on ImageNet-1k: 83.39 (source: https://example.org/table)' in card
 
 
+def test_a_card_says_of_a_licence_what_is_known(tmp_path):
+    own = card_of(tmp_path, network())
+    assert metadata(own)['license'] == 'unknown'
+    net = AuthorsNetwork('slak')
+    torch.save(net.state(), tmp_path / 'authors.pth')
+    convert(tmp_path / 'authors.pth', tmp_path / 'theirs')
+    convert(tmp_path / 'theirs', tmp_path / 'merged', reparameterize=True)
+    for name in ('theirs', 'merged'):
+        told = metadata((tmp_path / name / 'README.md').read_text())
+        assert told['license'] == 'other' and told['license_link'] == 'https://github.com/VITA-Group/SLaK'
+        assert json.loads((tmp_path / name / 'config.json').read_text())['pretrained_cfg']['license'] == 'other'
+    convert(tmp_path / 'theirs', tmp_path / 'told', provenance=Provenance(license='mit'))
+    told = metadata((tmp_path / 'told' / 'README.md').read_text())
+    assert told['license'] == 'mit' and 'license_link' not in told
+    assert json.loads((tmp_path / 'told' / 'config.json').read_text())['pretrained_cfg']['license'] == 'mit'
+
+
+@pytest.mark.parametrize('origin', ['https://a.org\npipeline_tag: evil', 'javascript:evil', ['evil'], None], ids=str)
+def test_no_link_is_smuggled_into_the_metadata(tmp_path, checkpoint, origin):
+    convert(checkpoint, tmp_path / 'folder')
+    file = tmp_path / 'folder' / 'config.json'
+    config = json.loads(file.read_text())
+    config['pretrained_cfg'].update(tag='authors_in1k', license='other', origin_url=origin)
+    file.write_text(json.dumps(config))
+    convert(tmp_path / 'folder', tmp_path / 'out')
+    told = metadata((tmp_path / 'out' / 'README.md').read_text())
+    assert 'license_link' not in told and told['pipeline_tag'] == 'image-classification'
+
+
 @pytest.mark.parametrize('provenance', [
     Provenance(dataset='x\nlicense: gpl'), Provenance(license='mit\n- evil'), Provenance(license='')], ids=str)
 def test_metadata_cannot_be_smuggled_in(tmp_path, checkpoint, provenance):
     if provenance.license == '':
         convert(checkpoint, tmp_path / 'out', provenance=provenance)
-        assert metadata((tmp_path / 'out' / 'README.md').read_text())['license'] == 'apache-2.0'
+        assert metadata((tmp_path / 'out' / 'README.md').read_text())['license'] == 'unknown'
     else:
         with pytest.raises(HubError, match='as the Hub names them'):
             convert(checkpoint, tmp_path / 'out', provenance=provenance)
         assert leftovers(tmp_path) == ['weights.pth']
-
-
-def blocks(card: str) -> list[str]:
-    return re.findall(r'```python\n(.*?)```', card, re.DOTALL)
 
 
 @pytest.mark.parametrize('name, kwargs, reparameterize, count', [
@@ -270,10 +294,9 @@ def blocks(card: str) -> list[str]:
 ], ids=str)
 def test_the_code_of_a_card_runs_as_written(tmp_path, monkeypatch, capsys, name, kwargs, reparameterize, count):
     card = card_of(tmp_path, network(name, **kwargs), reparameterize=reparameterize)
-    Image.new('RGB', (120, 80), 'orange').save(tmp_path / 'picture.png')
-    monkeypatch.setattr(urllib.request, 'urlopen', lambda url: (tmp_path / 'picture.png').open('rb'))
-    assert len(blocks(card)) == count
-    for block in blocks(card):
+    serve_a_photo(tmp_path, monkeypatch)
+    assert len(code_blocks(card)) == count
+    for block in code_blocks(card):
         names: dict = {}
         exec(block, names)
         if 'features_only' in block:
@@ -312,6 +335,21 @@ def test_the_command_takes_arguments_of_the_network(tmp_path):
 def test_the_command_tells_a_failure_in_one_message(tmp_path, capsys):
     assert main(['convert', str(tmp_path / 'absent.pth'), '--output', str(tmp_path / 'out')]) == 2
     assert 'absent.pth' in capsys.readouterr().err
+
+
+# the files
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077], ids=oct)
+def test_files_are_for_those_whom_the_umask_allows(tmp_path, checkpoint, umask):
+    before = os.umask(umask)
+    try:
+        convert(checkpoint, tmp_path / 'out')
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / 'out').iterdir()}
+    assert modes == dict.fromkeys(['README.md', 'config.json', 'model.safetensors'], 0o666 & ~umask)
+    assert (tmp_path / 'out').stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 # what goes wrong while writing

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,7 +136,11 @@ def test_a_configuration_that_does_not_fit_its_weights_is_named(hub):
 # what can go wrong: each ends in an error that names the repository, and once mended the same call works
 
 
-def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path):
+@pytest.mark.parametrize('token', [None, 'secret'], ids=['answer_401', 'answer_404'])
+def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path, monkeypatch, token):
+    if token:
+        hub.tokens[token] = 'someone'
+        monkeypatch.setenv('HF_TOKEN', token)
     with pytest.raises(WeightsNotPublishedError) as raised:
         create()
     message = str(raised.value)
@@ -150,13 +155,22 @@ def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path):
     create()
 
 
-def test_weights_of_the_authors_are_told_where_they_are(hub):
+@pytest.mark.parametrize('name, paper, origin', [
+    ('sw_v2_tiny', 'arXiv:2401.12736', 'https://github.com/lidc54/shift-wiseConv'),
+    ('slak_tiny', 'arXiv:2207.03620', 'https://github.com/VITA-Group/SLaK'),
+    ('slak_small', 'arXiv:2207.03620', 'https://github.com/VITA-Group/SLaK'),
+    ('slak_base', 'arXiv:2207.03620', 'https://github.com/VITA-Group/SLaK'),
+])
+def test_weights_of_the_authors_are_told_where_they_are(hub, name, paper, origin):
     with pytest.raises(WeightsNotPublishedError) as raised:
-        timm.create_model('sw_v2_tiny.authors_in1k', pretrained=True, **SMALL)
+        timm.create_model(f'{name}.authors_in1k', pretrained=True, **SMALL)
     for part in (
-            'under the name sw_v2_tiny.authors_in1k yet', 'timm-shiftwise convert FILE.pth --model sw_v2_tiny',
-            'The authors publish at https://github.com/lidc54/shift-wiseConv'):
+            f'under the name {name}.authors_in1k yet',
+            f'timm-shiftwise convert FILE.pth --model {name} --output FOLDER',
+            f'The authors publish at {origin}'):
         assert part in str(raised.value)
+    cfg = timm.get_pretrained_cfg(f'{name}.authors_in1k')
+    assert (cfg.paper_ids, cfg.origin_url, cfg.license) == (paper, origin, 'other')
 
 
 def test_a_repository_named_by_the_user_is_told_without_the_ways_on(hub):
@@ -210,6 +224,7 @@ def test_a_name_that_no_repository_can_have_is_named(hub):
     (503, '503'),
     (401, 'token'),
     (403, 'token'),
+    (404, '404'),
     (429, '429'),
     ('refuse', 'connection was cut'),
     ('die', 'connection was cut'),
@@ -240,6 +255,20 @@ def test_a_connection_cut_once_is_taken_up_again(hub):
         create()
     assert_same(create(), state)
     assert len(hub.downloads()) == 2
+
+
+def test_a_full_disk_is_told_and_leaves_no_broken_cache(hub, tmp_path):
+    state = weights()
+    hub.add(REPO, {'model.safetensors': save(state)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(save(state)) // 2, hard))
+    try:
+        with pytest.raises(PretrainedWeightsError, match=f'{REPO}.*(?i:file too large)'):
+            create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cached_files(tmp_path) == []
+    assert_same(create(), state)
 
 
 def test_a_server_that_is_not_there_is_told(hub, tmp_path):

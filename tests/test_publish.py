@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import timm
 import torch
 from authors_networks import AuthorsNetwork
 from hub_server import HubServer, connected
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from usage_code import code_blocks, serve_a_photo
 
 from timm_shiftwise.cli import main
 from timm_shiftwise.hub.convert import convert
@@ -82,11 +81,10 @@ def test_the_card_names_the_repository_and_its_code_runs(hub, folder, tmp_path, 
     publish(plan(folder, REPO))
     card = sent(hub)['README.md'].decode()
     assert '# Model card for flowers' in card and 'local-dir:' not in card
-    blocks = re.findall(r'```python\n(.*?)```', card, re.DOTALL)
+    blocks = code_blocks(card)
     assert len(blocks) == 3 and all(f"'hf-hub:{REPO}'" in block for block in blocks)
     assert 'local-dir:' in (folder / 'README.md').read_text()
-    Image.new('RGB', (120, 80), 'orange').save(tmp_path / 'picture.png')
-    monkeypatch.setattr(urllib.request, 'urlopen', lambda url: (tmp_path / 'picture.png').open('rb'))
+    serve_a_photo(tmp_path, monkeypatch)
     for block in blocks:
         exec(block, {})
 
@@ -310,11 +308,11 @@ def test_a_checkpoint_of_full_size_goes_all_the_way(hub, tmp_path, kind, model, 
     assert main(args) == 0
     assert main(['publish', str(tmp_path / 'out'), '--repo', f'me/{model}']) == 0
     loaded = load(f'hf-hub:me/{model}').eval().double()
-    # random weights amplify rounding: only double precision tells that the networks are the same
+    # double precision tells that the networks are the same
     state = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
     images = torch.randn(1, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         theirs = net.logits(state, images)
-        # merged weights were rounded to single precision once more, which random weights amplify a thousandfold
-        tolerance = 1e-2 * theirs.abs().max().item() if merged else 1e-9
+        # merged weights were rounded to single precision once more
+        tolerance = 1e-6 * theirs.abs().max().item() if merged else 1e-9
         torch.testing.assert_close(loaded(images), theirs, atol=tolerance, rtol=0)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from usage_code import code_blocks
 
 import timm_shiftwise
 from timm_shiftwise.cli import CommandError, main, quickstart
@@ -120,6 +121,17 @@ def test_the_hub_folder_loads_and_says_what_it_is(trained):
     model = timm.create_model(f'local-dir:{trained / "test_sw.digits"}', pretrained=True)
     weights = timm.models.load_state_dict(str(trained / 'test_sw.digits' / 'model.safetensors'))
     assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
+
+
+def test_the_code_of_the_card_reads_a_digit(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = (trained / 'test_sw.digits' / 'README.md').read_text()
+    blocks = code_blocks(card)
+    assert len(blocks) == 3 and 'http' not in ''.join(blocks)
+    for block in blocks:
+        names: dict = {}
+        exec(block, names)
+        assert names['img'].size == (8, 8)
 
 
 def test_a_rerun_replaces_what_an_earlier_run_wrote(trained, tmp_path, monkeypatch):
@@ -242,7 +254,7 @@ def test_packaged_weights_are_small_and_read_held_out_digits(folder):
 
 
 @pytest.mark.slow
-def test_the_command_as_a_newcomer_runs_it(tmp_path):
+def test_the_command_as_a_newcomer_runs_it(tmp_path, monkeypatch):
     run = subprocess.run(
         [sys.executable, '-m', 'timm_shiftwise', 'quickstart'],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'COLUMNS': '200'})
@@ -260,6 +272,11 @@ def test_the_command_as_a_newcomer_runs_it(tmp_path):
     accuracy = training.score(model, images, CPU).accuracy
     assert accuracy >= 97
     assert f'{accuracy:.2f} %' in said
+
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code_blocks((tmp_path / 'quickstart' / 'test_sw.digits' / 'README.md').read_text())[0], names)
+    assert names['top_class_indices'][0, 0] == 0  # the digit of the card is a zero
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 import timm_shiftwise
+from timm_shiftwise.cli import main
 from timm_shiftwise.cli.recipe import recipes
 
 MODEL = 'test_sw'
@@ -194,6 +195,17 @@ def test_train_continues_from_the_very_state_it_saved(data, trained, tmp_path):
 def test_validate_finds_the_accuracy_that_train_wrote(options, data, trained):
     output = execute(launch('validate.py', data, trained / 'run' / 'last.pth.tar', '--use-ema', *options), cwd=trained)
     assert result(output)['top1'] == pytest.approx(summary(trained)[-1]['eval_top1'], abs=0.01)
+
+
+def test_a_training_run_becomes_a_hub_folder_of_its_averaged_weights(data, trained, tmp_path):
+    assert main(['convert', str(trained / 'run'), '--output', str(tmp_path / 'out')]) == 0
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    best = str(trained / 'run' / 'model_best.pth.tar')
+    model = timm.create_model(MODEL, num_classes=len(CLASSES), checkpoint_path=best).eval()
+    assert tuple(loaded.pretrained_cfg['input_size']) == (3, 64, 64) and loaded.pretrained_cfg['crop_pct'] == 1.0
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
 
 
 def test_inference_labels_as_the_network_does(data, trained):

@@ -32,7 +32,10 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     card = parser.add_argument_group('what the model card says of the weights')
     card.add_argument('--description', metavar='TEXT', help='a sentence on the weights')
     card.add_argument('--dataset', metavar='NAME', help='the data they were trained on, as the Hub names it')
-    card.add_argument('--license', metavar='NAME', help='their licence, as the Hub names it: apache-2.0')
+    card.add_argument(
+        '--license', metavar='NAME',
+        help="their licence, as the Hub names it, such as apache-2.0 (default: what the source says; 'other' with "
+             "a link for the papers' authors' weights, else 'unknown')")
     card.add_argument(
         '--result', metavar=('RESULT', 'SOURCE'), nargs=2, action='append', default=[],
         help='a result and where it is published or how it was measured')

@@ -268,7 +268,7 @@ def _sparsity_table(model: 'ShiftwiseNet') -> Table:
 def _save(model: 'ShiftwiseNet', folder: Path, place: Path, scores: 'Scores', recipe: str) -> None:
     """Write the Hub folder, whose model card names the place it will have."""
     from timm_shiftwise.hub.convert import write_folder
-    from timm_shiftwise.hub.model_card import CardFacts, Provenance
+    from timm_shiftwise.hub.model_card import CardFacts, Picture, Provenance
     from timm_shiftwise.profile import profile_model
     from timm_shiftwise.quickstart.digits import CLASSES
     from timm_shiftwise.quickstart.training import MODEL
@@ -284,6 +284,10 @@ def _save(model: 'ShiftwiseNet', folder: Path, place: Path, scores: 'Scores', re
                         'Handwritten Digits, https://archive.ics.uci.edu/dataset/80, as scikit-learn ships them.',
             results=[(
                 f'{scores.accuracy:.2f} % top-1 on {len(scores.labels)} held-out digits', 'measured in that run')],
+        ),
+        picture=Picture(
+            'from sklearn.datasets import load_digits',
+            "Image.fromarray((load_digits().images[0] * (255 / 16)).astype('uint8'))",
         ),
     )
     folder.mkdir()

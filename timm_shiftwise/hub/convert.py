@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.models import ShiftwiseNet
 from timm_shiftwise.models.checkpoint import checkpoint_filter_fn, describe_checkpoint
+from timm_shiftwise.models.pretrained import AUTHORS_TAG, LICENSE_OF_THE_AUTHORS
 from timm_shiftwise.models.variants import SHIFTWISE, SHIFTWISE_V2
 from timm_shiftwise.profile import Cost, profile_model
 
@@ -115,7 +116,8 @@ def convert(
     net = _build(network)
     net.load_state_dict(checkpoint_filter_fn(found.state, net))
     net.eval()
-    _configure(net, found, network)
+    provenance = provenance or Provenance()
+    _configure(net, found, network, provenance.license)
     images = _images(net)
     logits = _logits(net, images)
     if not logits.isfinite().all():
@@ -138,7 +140,7 @@ def convert(
         profile=profile,
         train_args=found.train_args,
         summary=found.summary,
-        provenance=provenance or Provenance(),
+        provenance=provenance,
     )
     with _whole_folder(output, overwrite) as folder:
         write_folder(net, folder, args, facts, _labels(found))
@@ -173,6 +175,8 @@ def write_folder(
         raise OSError(f'The weights could not be written to {folder}: {error}.') from error
     except (TypeError, ValueError) as error:
         raise HubError(f'config.json cannot be written: {error}') from error
+    # safetensors may keep its file from everybody else; the others follow the umask
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
     write_card(model, folder / 'README.md', facts)
 
 
@@ -243,17 +247,20 @@ def _build(network: Network) -> ShiftwiseNet:
         raise HubError(f'{network.name} cannot be built with {network.args}: {error}') from error
 
 
-def _configure(model: ShiftwiseNet, source: Source, network: Network) -> None:
-    """Set what config.json says of inputs and outputs: what training used, else what the network's usual cfg says."""
+def _configure(model: ShiftwiseNet, source: Source, network: Network, license: str | None) -> None:
+    """Set what config.json says of inputs and outputs: what training used, else what the network's usual cfg says.
+
+    Of a licence it says what the user says, else what the source says, and nothing if neither does.
+    """
     usual = resolve_pretrained_cfg(network.name)
     cfg = usual.to_dict(remove_source=True)
-    cfg.pop('tag', None)
+    cfg.update(tag=None, license=None)
     if network.layout == 'authors':
-        cfg['tag'] = 'authors_in1k'
+        cfg.update(tag=AUTHORS_TAG, license=LICENSE_OF_THE_AUTHORS)
     told = source.config.get('pretrained_cfg')
     if isinstance(told, dict):
         cfg.update((key, value) for key, value in told.items() if key in _TOLD_BY_CONFIG)
-    cfg.update(architecture=network.name, num_classes=model.num_classes)
+    cfg.update(architecture=network.name, num_classes=model.num_classes, license=license or cfg['license'])
     used = {key: source.train_args.get(key) for key in (
         'input_size', 'img_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
     used['in_chans'] = model.in_chans

@@ -10,11 +10,10 @@ from timm.models._hub import generate_readme
 from torch import Tensor
 
 from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.models.pretrained import AUTHORS_TAG
 from timm_shiftwise.profile import NetworkProfile
 
 from .errors import HubError
-
-_PICTURE = 'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png'
 
 # by the paper's number on arXiv, or its name
 _CITATIONS = {
@@ -77,6 +76,26 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The picture that the usage section classifies.
+
+    Attributes:
+        imports: Line of code that its image needs.
+        image: Expression of a PIL image, which may use ``Image``.
+    """
+
+    imports: str
+    image: str
+
+
+PHOTO = Picture(
+    'from urllib.request import urlopen',
+    "Image.open(urlopen(\n    'https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/"
+    "beignets-task-guide.png'\n))",
+)
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """What a model card says that the network itself does not tell.
 
@@ -89,6 +108,7 @@ class CardFacts:
         train_args: args.yaml of train.py.
         summary: Rows of train.py's summary.csv.
         provenance: What the user says.
+        picture: What the usage section classifies.
     """
 
     title: str
@@ -99,6 +119,7 @@ class CardFacts:
     train_args: Mapping[str, Any] = field(default_factory=dict)
     summary: Sequence[Mapping[str, str]] = ()
     provenance: Provenance = field(default_factory=Provenance)
+    picture: Picture = PHOTO
 
 
 def config_of(model: ShiftwiseNet) -> dict[str, Any]:
@@ -124,14 +145,24 @@ def write_card(model: ShiftwiseNet, file: Path, facts: CardFacts) -> None:
     card = dict(
         tags=['image-classification', 'timm', 'timm-shiftwise'],
         library_name='timm',
-        license=_identifier(facts.provenance.license or cfg.get('license') or 'apache-2.0', 'licence'),
+        **_license(facts.provenance.license, cfg),
         description=_description(facts, cfg),
         details=_details(model, facts, cfg, papers),
-        usage=usage(model, facts.reference),
+        usage=usage(model, facts.reference, facts.picture),
         citation=[
             *(_CITATIONS[paper] for paper in (cfg.get('paper_name'), *papers) if paper in _CITATIONS), _TIMM_CITATION],
     )
     file.write_text(generate_readme(card, _line(facts.title)), encoding='utf-8')
+
+
+def _license(told: str | None, cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of the licence: what the user or else the weights say; the authors' is told by where they publish."""
+    name = told or cfg.get('license') or 'unknown'
+    card = dict(license=_identifier(name, 'licence'))
+    origin = str(cfg.get('origin_url'))
+    if not told and cfg.get('tag') == AUTHORS_TAG and re.fullmatch(r'https://[!-~]+', origin):
+        card.update(license_name='as-published', license_link=origin)
+    return card
 
 
 def _description(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
@@ -219,12 +250,13 @@ def _best(summary: Sequence[Mapping[str, str]]) -> str | None:
     return f"Highest eval_top1 in train.py's log: {top1:.2f}, in epoch {epoch}; the training run's own measurement"
 
 
-def usage(model: ShiftwiseNet, reference: str) -> str:
+def usage(model: ShiftwiseNet, reference: str, picture: Picture = PHOTO) -> str:
     """The usage section: classification, feature maps and embeddings, each a block of code that runs as it is.
 
     Args:
         model: The network, its ``pretrained_cfg`` as it will be published.
         reference: The name by which ``timm.create_model`` finds it.
+        picture: What is classified.
     """
     channels, height, width = config_of(model)['input_size']
     with torch.inference_mode():
@@ -232,7 +264,7 @@ def usage(model: ShiftwiseNet, reference: str) -> str:
         maps = cast(list[Tensor], model.forward_intermediates(images, intermediates_only=True))
         features = model.forward_features(images)
     blocks = [
-        ('Feature Map Extraction', _code(channels, reference, 'features_only=True,', f"""
+        ('Feature Map Extraction', _code(channels, reference, picture, 'features_only=True,', f"""
 with torch.inference_mode():
     output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
 
@@ -242,7 +274,7 @@ for o in output:
 {_shapes(maps)}
     print(o.shape)
 """)),
-        ('Image Embeddings', _code(channels, reference, 'num_classes=0,  # remove classifier nn.Linear', f"""
+        ('Image Embeddings', _code(channels, reference, picture, 'num_classes=0,  # remove classifier nn.Linear', f"""
 with torch.inference_mode():
     output = model(transforms(img).unsqueeze(0))  # output is (batch_size, num_features) shaped tensor
 
@@ -255,7 +287,7 @@ with torch.inference_mode():
 """)),
     ]
     if model.num_classes > 0:
-        blocks.insert(0, ('Image Classification', _code(channels, reference, '', f"""
+        blocks.insert(0, ('Image Classification', _code(channels, reference, picture, '', f"""
 with torch.inference_mode():
     output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
 
@@ -268,11 +300,11 @@ def _shapes(maps: Sequence[Tensor]) -> str:
     return '\n'.join(f'    #  {tuple(feature.shape)}' for feature in maps)
 
 
-def _code(channels: int, reference: str, argument: str, body: str) -> str:
+def _code(channels: int, reference: str, picture: Picture, argument: str, body: str) -> str:
     mode = {1: 'L', 3: 'RGB'}.get(channels)
     if mode:
-        head = 'from urllib.request import urlopen\n\n'
-        image = f"img = Image.open(urlopen(\n    '{_PICTURE}'\n)).convert({mode!r})"
+        head = f'{picture.imports}\n\n'
+        image = f'img = {picture.image}.convert({mode!r})'
         imports = 'from PIL import Image\n'
         transforms = (
             '# get model specific transforms (normalization, resize)\n'

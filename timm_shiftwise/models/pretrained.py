@@ -26,6 +26,12 @@ from timm.models import PretrainedCfg, load_state_dict, resolve_pretrained_cfg
 ORGANISATION = 'timm-shiftwise'
 """Organisation on the Hugging Face Hub under which weights are looked for."""
 
+AUTHORS_TAG = 'authors_in1k'
+"""Tag of the papers' authors' weights."""
+
+LICENSE_OF_THE_AUTHORS = 'other'
+"""What is said of the licence of the papers' authors' weights, which is theirs to state where they publish them."""
+
 ORGANISATION_VARIABLE = 'TIMM_SHIFTWISE_ORG'
 """Environment variable that names another organisation; read when the package is imported."""
 

@@ -54,7 +54,7 @@ from timm_shiftwise.layers import (
 from timm_shiftwise.sparsity import SparsitySchedule, keep_masks
 
 from .checkpoint import checkpoint_filter_fn, fitting, load_into_features, translate_within
-from .pretrained import explain_missing_weights, hub_id
+from .pretrained import LICENSE_OF_THE_AUTHORS, explain_missing_weights, hub_id
 from .variants import SHIFTWISE
 
 __all__ = ['ShiftwiseNet']  # the registry adds each entrypoint
@@ -539,16 +539,17 @@ _cfg_slak = partial(
     paper_name='More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity',
     origin_url='https://github.com/VITA-Group/SLaK',
 )
+_authors = partial(_cfg_slak, license=LICENSE_OF_THE_AUTHORS)
 
 default_cfgs = generate_default_cfgs({
     'sw_tiny.in1k': _cfg(hf_hub_id=hub_id('sw_tiny.in1k')),
     'sw_small.in1k': _cfg(hf_hub_id=hub_id('sw_small.in1k')),
     'sw_base.in1k': _cfg(hf_hub_id=hub_id('sw_base.in1k')),
-    'slak_tiny.authors_in1k': _cfg_slak(hf_hub_id=hub_id('slak_tiny.authors_in1k')),
+    'slak_tiny.authors_in1k': _authors(hf_hub_id=hub_id('slak_tiny.authors_in1k')),
     'slak_tiny.in1k': _cfg_slak(hf_hub_id=hub_id('slak_tiny.in1k')),
-    'slak_small.authors_in1k': _cfg_slak(hf_hub_id=hub_id('slak_small.authors_in1k')),
+    'slak_small.authors_in1k': _authors(hf_hub_id=hub_id('slak_small.authors_in1k')),
     'slak_small.in1k': _cfg_slak(hf_hub_id=hub_id('slak_small.in1k')),
-    'slak_base.authors_in1k': _cfg_slak(hf_hub_id=hub_id('slak_base.authors_in1k')),
+    'slak_base.authors_in1k': _authors(hf_hub_id=hub_id('slak_base.authors_in1k')),
     'slak_base.in1k': _cfg_slak(hf_hub_id=hub_id('slak_base.in1k')),
     'eq_slak_tiny.in1k': _cfg(hf_hub_id=hub_id('eq_slak_tiny.in1k')),
     'eq_slak_small.in1k': _cfg(hf_hub_id=hub_id('eq_slak_small.in1k')),

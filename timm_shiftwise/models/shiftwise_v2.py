@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from timm_shiftwise.layers.merged import fold_batch_norm
 
-from .pretrained import hub_id
+from .pretrained import LICENSE_OF_THE_AUTHORS, hub_id
 from .shiftwise import ShiftwiseNet, _cfg, create_shiftwise
 from .variants import SHIFTWISE_V2
 
@@ -152,7 +152,8 @@ def _create_shiftwise_v2(variant: str, pretrained: bool = False, **kwargs) -> Sh
 _cfg_v2 = partial(_cfg, paper_name='ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect')
 
 default_cfgs = generate_default_cfgs({
-    'sw_v2_tiny.authors_in1k': _cfg_v2(hf_hub_id=hub_id('sw_v2_tiny.authors_in1k')),
+    'sw_v2_tiny.authors_in1k': _cfg_v2(
+        hf_hub_id=hub_id('sw_v2_tiny.authors_in1k'), license=LICENSE_OF_THE_AUTHORS),
     'sw_v2_tiny.in1k': _cfg_v2(hf_hub_id=hub_id('sw_v2_tiny.in1k')),
     'sw_v2_small.in1k': _cfg_v2(hf_hub_id=hub_id('sw_v2_small.in1k')),
     'sw_v2_base.in1k': _cfg_v2(hf_hub_id=hub_id('sw_v2_base.in1k')),
