@@ -442,41 +442,6 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
     assert int(first['sparsity.step']) == 12
 
 
-RANK = '''
-import sys, torch, timm, timm_shiftwise
-from safetensors.torch import save_file
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
-torch.manual_seed(rank)  # ranks start apart: DDP sends the first one's weights to all
-model = timm.create_model('test_sw', num_classes=5, prune_interval=2, sparsity_steps=16)
-ddp = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-3)
-generator = torch.Generator().manual_seed(100 + rank)
-for step in range(5):
-    optimizer.zero_grad()
-    ddp(torch.randn(4, 3, 32, 32, generator=generator)).square().mean().backward()
-    optimizer.step()
-save_file(model.state_dict(), f'{folder}/rank{rank}.safetensors')
-torch.distributed.destroy_process_group()
-'''
-
-
-@pytest.mark.slow
-def test_two_ranks_with_different_data_have_the_same_masks(tmp_path):
-    script = tmp_path / 'rank.py'
-    script.write_text(RANK)
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    first, second = (load_file(tmp_path / f'rank{rank}.safetensors') for rank in range(2))
-    names = [name for name in first if name.endswith('.mask')]
-    assert names and not all(first[name].all() for name in names)
-    for name in [*names, 'sparsity.step', 'sparsity.phase']:
-        assert torch.equal(first[name], second[name]), name
-    means = [name for name in first if name.endswith('running_mean')]
-    assert any(not torch.equal(first[name], second[name]) for name in means), 'the ranks saw the same data'
-
-
 @pytest.mark.parametrize('bad', [
     dict(sparsity=1.2), dict(sparsity=1.), dict(sparsity=-0.1), dict(sparsity='much'), dict(sparsity=float('nan')),
     dict(prune_rate=1.5), dict(prune_rate=-1), dict(prune_interval=0), dict(prune_interval=2.5),

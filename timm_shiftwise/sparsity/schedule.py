@@ -20,6 +20,7 @@ from .masks import (
     snip_saliency,
     uniform_counts,
 )
+from .sharding import multiply, whole
 
 _logger = logging.getLogger(__name__)
 
@@ -131,8 +132,18 @@ class SparsitySchedule(nn.Module):
 
     @torch.jit.ignore
     def followed_parameters(self) -> list[nn.Parameter]:
-        """See :class:`timm_shiftwise.sparsity.follow.Follower`."""
-        return [layer.weight for layer in self.layers()]
+        """See :class:`timm_shiftwise.sparsity.follow.Follower`.
+
+        Raises:
+            RuntimeError: If a wrapper took the weights of a network in training apart, so that no optimiser holds them.
+        """
+        weights = [layer.weight for layer in self.layers()]
+        if self.training and not all(isinstance(weight, nn.Parameter) and weight.ndim == 5 for weight in weights):
+            raise RuntimeError(
+                'The sparsity schedule cannot follow weights that are no parameters of their own any more: '
+                'FullyShardedDataParallel flattens them. Shard the network by torch.distributed.fsdp.fully_shard, or '
+                'create it with sparsity=0.')
+        return weights
 
     def _trained(self) -> list[tuple[int, ShiftwiseConv2d]]:
         """The layers that have gradients, with their index: frozen ones, and those that features drop, have none."""
@@ -162,7 +173,8 @@ class SparsitySchedule(nn.Module):
     def _draw_masks(self, optimizer: Optimizer) -> None:
         trained = self._trained()
         if self.sparsity_init == 'snip':
-            saliencies = [snip_saliency(layer.weight, cast(Tensor, layer.weight.grad)) for _, layer in trained]
+            saliencies = [
+                snip_saliency(whole(layer.weight), whole(cast(Tensor, layer.weight.grad))) for _, layer in trained]
             counts = snip_counts(saliencies, self.sparsity)
         else:
             counts = uniform_counts([layer.mask.numel() for _, layer in trained], self.sparsity)
@@ -170,7 +182,7 @@ class SparsitySchedule(nn.Module):
             channels, maps = layer.mask.shape
             mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
             self._put_mask(layer, mask, mask, optimizer)
-            cast(Tensor, layer.weight.grad).mul_(layer.mask[:, :, None, None])
+            multiply(cast(Tensor, layer.weight.grad), layer.mask[:, :, None, None])
         self._set(RUNNING, 0)
         _log(
             'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
@@ -180,7 +192,7 @@ class SparsitySchedule(nn.Module):
     def _update_masks(self, optimizer: Optimizer) -> None:
         rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
         for index, layer in self._trained():
-            magnitude = layer.weight.abs().sum(dim=(0, 3, 4))
+            magnitude = whole(layer.weight).abs().sum(dim=(0, 3, 4))
             standing, grown = prune_and_regrow(
                 layer.mask, magnitude, rate, self.sparsity_seed, self._step, index)
             self._put_mask(layer, standing.view_as(layer.mask), (standing | grown).view_as(layer.mask), optimizer)
@@ -190,10 +202,10 @@ class SparsitySchedule(nn.Module):
         """Set a mask; weights and what the optimiser knows of them stay where a group stands, else are zero."""
         keep = standing.to(layer.weight.device)[:, :, None, None]
         layer.mask.copy_(mask)
-        layer.weight.mul_(keep)
+        multiply(layer.weight, keep)
         for value in optimizer.state.get(layer.weight, {}).values():
             if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-                value.mul_(keep)
+                multiply(value, keep)
 
     def _set(self, phase: int, step: int) -> None:
         self._phase, self._step = phase, step
