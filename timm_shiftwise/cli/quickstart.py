@@ -181,10 +181,11 @@ def _quickstart(
     images = training.train_loader(output / DIGITS, model, device)
     exam = training.held_out_loader(output / DIGITS, model, device)
     choice = explain_backend(None, device)
+    kernels = 'Taichi kernels where they are the faster' if choice.backend == 'taichi' else 'no Taichi kernels'
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = training.image_size(model)
     _say(console, 'Network', f'{training.MODEL}, {parameters:,} parameters, images of {size} x {size} pixels; '
-                             f'shift-add in {choice.backend} ({choice.reason})')
+                             f'{kernels} ({choice.reason})')
 
     begun = time.perf_counter()
     _train(console, model, images, exam, epochs, device)
