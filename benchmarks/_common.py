@@ -1,26 +1,36 @@
-"""What the benchmarks share: timing that is fair on a busy machine, and results as a table, a CSV file and a plot."""
+"""What the benchmarks share: checks, timing that is fair on a busy machine, memory, and tables, CSV files and plots."""
 import argparse
 import csv
+import gc
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / 'results'
 STAGES = ((96, 56, 51), (192, 28, 49), (384, 14, 47), (768, 7, 13))
 """Width C, side H in pixels (of images of 224) and focus length M of the four stages of sw_tiny."""
+TRAINED = (0.1, 0.68, 0.72, 0.9)
+"""Share of the groups that each stage of sw_tiny keeps after sparse training, as the paper's authors note it."""
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#F0E442')  # Okabe and Ito
 
-console = Console()
+_FORCING = ('TIMM_SHIFTWISE_WAY', 'TIMM_SHIFTWISE_BACKEND')
+
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass
@@ -43,20 +53,25 @@ class Timing:
         return min(self.samples) * 1e3
 
 
-def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+def parser(description: str | None, name: str, seconds: float = 4.) -> argparse.ArgumentParser:
     """An argument parser with the options that all benchmarks have; ``name`` is that of the files they write."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     options.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of a CPU run')
     options.add_argument('--batch', type=int, default=4, help='images a batch')
-    options.add_argument('--seconds', type=float, default=4.0, help='time for each thing that is measured')
+    options.add_argument('--seconds', type=float, default=seconds, help='time for each thing that is measured')
+    options.add_argument('--quick', action='store_true', help='one run of each, to see that the benchmark works')
     options.add_argument('--output', type=Path, default=RESULTS / name, help='where to write: .csv and .png are added')
     return options
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """Set the threads and give the device that the options ask for."""
+    """Set the threads and give the device that the options ask for; nothing but :func:`forced` may force a way."""
     torch.set_num_threads(options.threads)
+    for name in _FORCING:
+        os.environ.pop(name, None)
+    options.least = 1 if options.quick else 3
+    options.seconds = 0. if options.quick else options.seconds
     return torch.device(options.device)
 
 
@@ -106,6 +121,142 @@ def measure(
     return {name: Timing(runs) for name, runs in samples.items()}
 
 
+@contextmanager
+def forced(way: str, backend: str = '') -> Iterator[None]:
+    """Force one of the equal ways to compute the operator, and a backend; an empty name leaves the choice."""
+    before = [os.environ.get(name, '') for name in _FORCING]
+    os.environ.update(zip(_FORCING, (way, backend), strict=True))  # empty is as good as unset
+    try:
+        yield
+    finally:
+        os.environ.update(zip(_FORCING, before, strict=True))
+
+
+def definition() -> Any:
+    """Run operators by their definition, in plain PyTorch: what every way is checked against."""
+    return forced('shift', 'torch')
+
+
+def check_close(seen: Sequence[Tensor], wanted: Sequence[Tensor], what: str, tolerance: float = 1e-4) -> None:
+    """Refuse to time what computes something else.
+
+    Args:
+        seen: Tensors.
+        wanted: What they must be.
+        what: Name for the message.
+        tolerance: Largest difference allowed, as a share of the largest value.
+
+    Raises:
+        AssertionError: If a tensor differs.
+    """
+    for index, (a, b) in enumerate(zip(seen, wanted, strict=True)):
+        if a.shape != b.shape:
+            raise AssertionError(f'{what}: tensor {index} has shape {tuple(a.shape)}, must have {tuple(b.shape)}.')
+        a, b = a.detach().double(), b.detach().double()
+        difference, scale = float((a - b).abs().max()), float(b.abs().max())
+        if not difference <= tolerance * scale:
+            raise AssertionError(f'{what}: tensor {index} is off by {difference:.2g}; its values reach {scale:.2g}.')
+
+
+@dataclass
+class Memory:
+    """Memory of a call in bytes.
+
+    Attributes:
+        peak: What is allocated beyond what was there before, at the moment when it is most.
+        returned: Size of what the call returns, which counts in the peak.
+    """
+    peak: int
+    returned: int
+
+    @property
+    def temporaries(self) -> int:
+        """The peak without what is returned."""
+        return max(self.peak - self.returned, 0)
+
+
+def memory_of(function: Callable[[], Tensor | Sequence[Tensor]], device: torch.device) -> Memory:
+    """Measure the memory of a call that has run before, so that kernels are compiled and caches are filled.
+
+    All that PyTorch's allocator hands out counts, within operators, too, and with it the scratch memory of the Taichi
+    kernels, which is made of tensors; what oneDNN and MKL take from the system does not.
+    """
+    gc.collect(1)  # nothing old should be freed meanwhile; the oldest generation would take a fifth of a second
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        results = function()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with (
+            mock.patch.dict(os.environ, {'KINETO_LOG_LEVEL': '6'}),  # or it reports every start and stop on screen
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
+            results = function()
+        sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+        peak = max(accumulate(sizes, initial=0))
+    tensors = [results] if isinstance(results, Tensor) else results
+    return Memory(peak, sum(tensor.nbytes for tensor in tensors))
+
+
+def kept_for_backward(function: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Bytes of the tensors that a call saves for backward, each memory once, without those of ``known`` tensors."""
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        results = function()  # lives until all is counted: no memory is used twice
+    for tensor in known:
+        held.pop(tensor.untyped_storage().data_ptr(), None)
+    del results
+    return sum(held.values())
+
+
+@dataclass
+class Target:
+    """A ratio and what it must be.
+
+    Attributes:
+        what: Which ratio.
+        where: Stage, batch and the like.
+        value: The ratio as measured.
+        bound: ``'at least'`` or ``'at most'``; empty for a ratio that is only told.
+        limit: The bound.
+    """
+    what: str
+    where: str
+    value: float
+    bound: str = ''
+    limit: float = float('nan')
+
+    @property
+    def verdict(self) -> str:
+        """``'pass'``, ``'short'``, or nothing where there is no bound."""
+        if not self.bound:
+            return ''
+        holds = self.value >= self.limit if self.bound == 'at least' else self.value <= self.limit
+        return 'pass' if holds else 'short'
+
+
+def report_targets(targets: Sequence[Target], path: Path, device: torch.device, **settings: Any) -> Path:
+    """Print targets as a table and write them to a CSV file beside the results; gives its path."""
+    lines = [[
+        target.what, target.where, f'{target.value:.2f}', f'{target.bound} {target.limit:g}' if target.bound else '',
+        target.verdict,
+    ] for target in targets]
+    show('ratios', ['what', 'where', 'measured', 'target', ''], lines)
+    rows = [{
+        'what': target.what, 'where': target.where, 'value': round(target.value, 4), 'bound': target.bound,
+        'limit': target.limit if target.bound else '', 'verdict': target.verdict,
+    } for target in targets]
+    return write_csv(path.with_name(path.name + '_targets'), rows, device, **settings)
+
+
 def _installed(package: str) -> str:
     try:
         return version(package)
@@ -150,12 +301,15 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], device: torch.device, 
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column holds names, the others numbers."""
+    """Print a table; the first column holds names, the others numbers; an empty row is a line across."""
     table = Table(title=title, title_justify='left')
     for index, column in enumerate(columns):
         table.add_column(column, justify='left' if index == 0 else 'right')
     for row in rows:
-        table.add_row(*row)
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
     console.print(table)
 
 
@@ -173,6 +327,17 @@ def new_figure(columns: int, title: str, rows: int = 1) -> tuple[Any, Any]:
     figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.2 * rows), layout='constrained', squeeze=False)
     figure.suptitle(title, fontsize=11)
     return figure, axes
+
+
+def logarithmic(axis: Any) -> None:
+    """Make an axis of a plot (``axes.xaxis`` or ``axes.yaxis``) logarithmic, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    (axis.axes.set_xscale if axis.axis_name == 'x' else axis.axes.set_yscale)('log')
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -192,7 +192,7 @@ def main() -> None:
 
         for phase, function in (('forward', forward), ('forward + backward', training)):
             calls = {name: partial(function, way) for name, way in WAYS.items()}
-            timings = measure(calls, device, args.seconds)
+            timings = measure(calls, device, args.seconds, args.least)
             rows += [{
                 'stage': stage, 'channels': problem.channels, 'side': side, 'focus_length': focus_length,
                 'phase': phase, 'way': name, 'median_ms': round(timing.median, 4), 'best_ms': round(timing.best, 4),

@@ -1,0 +1,385 @@
+"""The operator: every way to compute it, and its form for inference, against SLaK's pair and ConvNeXt's 7 x 7.
+
+    python benchmarks/bench_operator.py
+
+Per stage of sw_tiny, for N = 5 and N = 3, forward and forward + backward, with peak memory. SLaK's pair and the 7 x 7
+work on all channels, our operators on 77 % of them, as those of sw_tiny do: the others pass through. Rows that say "all
+channels" work on all.
+
+* training form: ``shiftwise_conv2d``, three branches, computed in a way that is forced or in the one that is chosen;
+* inference form: the merged layer, one map, with the channels that pass through;
+* whole layer: the layer as it trains, with its BatchNorms, paths and channels that pass through.
+
+Everything is checked, values and gradients, before it is timed.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from _common import (
+    COLOURS,
+    STAGES,
+    TRAINED,
+    Target,
+    console,
+    forced,
+    kept_for_backward,
+    logarithmic,
+    measure,
+    memory_of,
+    new_figure,
+    parser,
+    report_targets,
+    save,
+    show,
+    start,
+    write_csv,
+)
+from _operators import (
+    GHOST_RATIO,
+    SHUFFLES,
+    Call,
+    Operator,
+    SlakPair,
+    check_layer,
+    merged_layer,
+    noise,
+    seven,
+    shiftwise_layer,
+)
+from torch import Tensor, nn
+
+from timm_shiftwise.layers import LargeKernelConv2d, ShiftwiseConv2d
+from timm_shiftwise.ops.backend import explain_backend
+
+DENSITIES = (1.0, 0.6, 0.3, 0.1)
+PHASES = ('forward', 'forward + backward')
+PAIR, SEVEN, SLAK_LAYER = "SLaK's pair", "ConvNeXt's 7 x 7", "SLaK's whole layer"
+WAYS = ('shift', 'merged', 'fused')
+CHOSEN, INFERENCE, INFERENCE_MERGED, LAYER = 'chosen way', 'inference form', 'inference form, merged', 'whole layer'
+ALL = ', all channels'
+NAMES = (*WAYS, CHOSEN, CHOSEN + ALL, INFERENCE, INFERENCE_MERGED, INFERENCE + ALL, LAYER)
+
+# times faster than SLaK's pair, by stage
+FORWARD_DENSE = (6, 12, 15, 7)
+FORWARD_TRAINED = 20
+TRAINING_DENSE = (5, 5, 4, 2)
+TRAINING_TRAINED = 8
+OVER_DENSE_MERGED = 2.5
+FASTER, FASTER_TRAINING = (f'{phase}, times faster than the pair:' for phase in PHASES)
+NOISE = 1.05
+"""Equal times may differ that much."""
+CHOSEN_OVER_BEST = 1.1
+KEPT, TEMPORARIES = 2, 4
+"""Multiples of the operator's input."""
+
+
+@dataclass
+class Case:
+    """Something to time.
+
+    Attributes:
+        name: One of :data:`NAMES` or a baseline.
+        density: Share of kept groups; None where there are none.
+        phase: One of :data:`PHASES`.
+        function: The call.
+        input_bytes: Size of its input.
+        kept: Bytes kept for backward beyond input and parameters, if there is a backward.
+    """
+    name: str
+    density: float | None
+    phase: str
+    function: Callable[[], Any]
+    input_bytes: int
+    kept: int | None = None
+
+
+def ways(device: torch.device) -> tuple[str, ...]:
+    """The ways that can be forced there."""
+    fused = device.type == 'cpu' and explain_backend('auto', device).backend == 'taichi'
+    return WAYS if fused else WAYS[:2]
+
+
+def under(way: str, function: Callable[[], Any]) -> Any:
+    """Call a function with a way forced."""
+    with forced(way):
+        return function()
+
+
+def both_phases(name: str, density: float | None, call: Call, known: tuple[Tensor, ...], way: str = '') -> list[Case]:
+    """Cases of a call, forward and with its gradients; ``known`` tensors do not count as kept for backward."""
+    size, known = call.leaves[0].nbytes, (*call.leaves, *known)
+    kept = under(way, lambda: kept_for_backward(call.function, known))
+    functions = call.forward, call.training
+    if way:
+        functions = tuple(partial(under, way, function) for function in functions)
+    return [
+        Case(name, density, PHASES[0], functions[0], size),
+        Case(name, density, PHASES[1], functions[1], size, kept),
+    ]
+
+
+def operator_cases(
+        name: str,
+        layer: ShiftwiseConv2d,
+        density: float,
+        batch: int,
+        side: int,
+        forcible: tuple[str, ...] = (),
+) -> list[Case]:
+    """The training form, in ways that are forced and as it chooses, checked."""
+    operator = Operator(layer, batch, side)
+    cases = []
+    for way in (*forcible, ''):
+        under(way, partial(operator.check, f'{way or name}, density {density}'))
+        cases += both_phases(way or name, density, operator.call, (operator.mask, *operator.tables), way)
+    return cases
+
+
+def inference_case(name: str, layer: ShiftwiseConv2d, density: float, x: Tensor, way: str = '') -> Case:
+    """The inference form, checked."""
+    merged = merged_layer(layer)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return merged(x)
+
+    function = partial(under, way, forward)
+    check_layer(lambda first: function()[:len(first)], layer.eval(), x, f'{name}, density {density}')
+    return Case(name, density, PHASES[0], function, x.nbytes)
+
+
+def layer_case(name: str, layer: nn.Module, density: float | None, x: Tensor) -> Case:
+    """A layer as it trains, checked; forward + backward alone, for nobody runs it otherwise."""
+    call = Call(lambda: (layer(x),), [x, *layer.parameters()])
+    check_layer(layer, layer, x, name)
+    return both_phases(name, density, call, tuple(layer.buffers()))[1]
+
+
+def all_cases(stage: int, kernel_size: int, batch: int, device: torch.device) -> list[Case]:
+    """Everything to time in a stage, SLaK's pair first."""
+    dim, side, focus_length = STAGES[stage]
+    x = noise(batch, dim, side, side, device=device)
+    slak = LargeKernelConv2d(dim, focus_length, kernel_size).to(device)
+    pair = SlakPair(slak, x)
+    pair.check()
+    cases = [
+        *both_phases(PAIR, None, pair.call, ()),
+        *both_phases(SEVEN, None, seven(x), ()),
+        layer_case(SLAK_LAYER, slak, None, x),
+    ]
+    for density in densities(stage):
+        layer = shiftwise_layer(dim, focus_length, kernel_size, density, device)
+        cases += operator_cases(CHOSEN, layer, density, batch, side, ways(device))
+        cases.append(inference_case(INFERENCE, layer, density, x))
+        if density == 1:
+            cases.append(inference_case(INFERENCE_MERGED, layer, density, x, 'merged'))
+        if density in (1, TRAINED[stage]):
+            cases.append(layer_case(LAYER, layer.train(), density, x))
+            everywhere = shiftwise_layer(dim, focus_length, kernel_size, density, device, ghost_ratio=0.)
+            cases += operator_cases(CHOSEN + ALL, everywhere, density, batch, side)
+            cases.append(inference_case(INFERENCE + ALL, everywhere, density, x))
+    return cases
+
+
+def densities(stage: int) -> list[float]:
+    """Those that are timed in a stage, from dense on."""
+    return sorted({*DENSITIES, TRAINED[stage]}, reverse=True)
+
+
+def run(stage: int, kernel_size: int, args: Any, device: torch.device) -> list[dict]:
+    """Check and time a stage; one row for each case."""
+    cases = all_cases(stage, kernel_size, args.batch, device)
+    dim, side, focus_length = STAGES[stage]
+    rows = []
+    for phase in PHASES:
+        found = [case for case in cases if case.phase == phase]
+        timings = list(measure(
+            {str(i): case.function for i, case in enumerate(found)}, device, args.seconds, args.least).values())
+        for case, timing in zip(found, timings, strict=True):
+            memory = memory_of(case.function, device)
+            rows.append({
+                'stage': stage + 1, 'dim': dim, 'side': side, 'focus_length': focus_length, 'kernel_size': kernel_size,
+                'phase': phase, 'what': case.name, 'density': case.density,
+                'trained_like': case.density == TRAINED[stage],
+                'median_ms': round(timing.median, 4), 'best_ms': round(timing.best, 4), 'runs': len(timing.samples),
+                'times_faster_than_pair': round(timings[0].median / timing.median, 3),
+                'peak_mib': round(memory.peak / 2 ** 20, 2),
+                'temporaries_per_input': round(memory.temporaries / case.input_bytes, 2),
+                'kept_per_input': None if case.kept is None else round(case.kept / case.input_bytes, 2),
+            })
+    console.print(f'N = {kernel_size}, stage {stage + 1}: done')
+    return rows
+
+
+class Results:
+    """Rows, to be looked up."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def all(self, **wanted: Any) -> list[dict]:
+        """The rows with the given values."""
+        return [row for row in self.rows if all(row[key] == value for key, value in wanted.items())]
+
+    def ms(self, **wanted: Any) -> float:
+        """Median of the one row with the given values."""
+        row, = self.all(**wanted)
+        return row['median_ms']
+
+
+def targets(results: Results) -> list[Target]:
+    """The ratios that are wanted, and some that are only told; N = 5."""
+    found = []
+    at = partial(results.ms, kernel_size=5)
+    forward, training = (partial(at, phase=phase) for phase in PHASES)
+    for stage, trained in enumerate(TRAINED, 1):
+        where = f'stage {stage}'
+        dense, sparse = dict(stage=stage, density=1.), dict(stage=stage, density=trained)
+        pair, pair_training = (one(stage=stage, what=PAIR) for one in (forward, training))
+        first = stage == 1
+        found += [
+            Target(f'{FASTER} dense, inference form', where,
+                   pair / forward(what=INFERENCE, **dense), 'at least', FORWARD_DENSE[stage - 1]),
+            Target(f'{FASTER} dense, inference form, all channels', where,
+                   pair / forward(what=INFERENCE + ALL, **dense)),
+            Target(f'{FASTER} dense, training form', where, pair / forward(what=CHOSEN, **dense)),
+            Target(f'{FASTER} trained-like, inference form', where,
+                   pair / forward(what=INFERENCE, **sparse), 'at least' if first else '', FORWARD_TRAINED),
+            Target(f'{FASTER} trained-like, inference form, all channels', where,
+                   pair / forward(what=INFERENCE + ALL, **sparse)),
+            Target(f'{FASTER} trained-like, training form', where, pair / forward(what=CHOSEN, **sparse)),
+            Target(f'forward, trained-like over dense, inference form (equal: within {NOISE - 1:.0%})', where,
+                   forward(what=INFERENCE, **sparse) / forward(what=INFERENCE, **dense), 'at most', NOISE),
+            Target('forward, trained-like, times faster than dense merged, inference form', where,
+                   forward(what=INFERENCE_MERGED, **dense) / forward(what=INFERENCE, **sparse),
+                   'at least' if first else '', OVER_DENSE_MERGED),
+            Target(f'{FASTER_TRAINING} dense', where,
+                   pair_training / training(what=CHOSEN, **dense), 'at least', TRAINING_DENSE[stage - 1]),
+            Target(f'{FASTER_TRAINING} dense, all channels', where,
+                   pair_training / training(what=CHOSEN + ALL, **dense)),
+            Target(f'{FASTER_TRAINING} trained-like', where,
+                   pair_training / training(what=CHOSEN, **sparse), 'at least' if first else '', TRAINING_TRAINED),
+            Target(f'{FASTER_TRAINING} trained-like, all channels', where,
+                   pair_training / training(what=CHOSEN + ALL, **sparse)),
+            Target("forward + backward, whole layer, times faster than SLaK's: dense", where,
+                   training(stage=stage, what=SLAK_LAYER) / training(what=LAYER, **dense)),
+            Target("forward + backward, whole layer, times faster than SLaK's: trained-like", where,
+                   training(stage=stage, what=SLAK_LAYER) / training(what=LAYER, **sparse)),
+        ]
+    found += chooser_targets(results)
+    for name, bounded in ((CHOSEN, 'at most'), (LAYER, ''), (SLAK_LAYER, '')):
+        for row in results.all(what=name, kernel_size=5, phase=PHASES[1]):
+            if row['density'] in (None, 1.) or row['trained_like']:
+                where = f'stage {row["stage"]}' + (f', density {row["density"]}' if row['density'] else '')
+                found += [
+                    Target(f'kept for backward beyond the input, times the input: {name}', where,
+                           row['kept_per_input'], bounded, KEPT),
+                    Target(f'peak temporaries, times the input: {name}', where,
+                           row['temporaries_per_input'], bounded, TEMPORARIES),
+                ]
+    return sorted(found, key=lambda target: [other.what for other in found].index(target.what))
+
+
+def chooser_targets(results: Results) -> list[Target]:
+    """How much slower than the best way the chosen one is, at worst over the densities."""
+    found = []
+    for phase in PHASES:
+        for kernel_size in sorted({row['kernel_size'] for row in results.rows}, reverse=True):
+            for stage in range(1, len(STAGES) + 1):
+                at = dict(stage=stage, kernel_size=kernel_size, phase=phase)
+                ratio, density = max(
+                    (results.ms(what=CHOSEN, density=density, **at)
+                     / min(row['median_ms'] for row in results.all(density=density, **at) if row['what'] in WAYS),
+                     density)
+                    for density in densities(stage - 1))
+                found.append(Target(
+                    f'{phase}, chosen way over the best forced one', f'N = {kernel_size}, stage {stage}, '
+                    f'density {density}', ratio, 'at most', CHOSEN_OVER_BEST))
+    return found
+
+
+def table(results: Results, kernel_size: int, phase: str) -> None:
+    """Print medians and peaks."""
+    def cell(row: dict) -> str:
+        return f'{row["median_ms"]:.2f} ({row["times_faster_than_pair"]:.1f}x) {row["peak_mib"]:.0f}'
+
+    lines = []
+    for density in (None, *DENSITIES, 'trained'):
+        for name in (PAIR, SEVEN, SLAK_LAYER, *NAMES):
+            cells = []
+            for stage in range(1, len(STAGES) + 1):
+                share = TRAINED[stage - 1] if density == 'trained' else density
+                row = results.all(kernel_size=kernel_size, phase=phase, what=name, density=share, stage=stage)
+                cells.append(cell(row[0]) if row else '')
+            if sum(map(bool, cells)) > 1:  # a density that is the trained one in one stage has one more row there
+                lines.append([name if density is None else f'{density}: {name}', *cells])
+        lines.append([])
+    show(
+        f'N = {kernel_size}, {phase}: median ms (times faster than the pair) peak MiB',
+        ['density: what', *(f'stage {n}' for n in range(1, len(STAGES) + 1))], lines)
+
+
+def plot(results: Results) -> Any:
+    """Time against density, a row of plots for each N and phase, and memory."""
+    panels = [(5, phase, 'median_ms', 'ms') for phase in PHASES] + [(3, phase, 'median_ms', 'ms') for phase in PHASES]
+    panels.append((5, PHASES[1], 'peak_mib', 'peak MiB'))
+    figure, axes = new_figure(len(STAGES), 'The operator in the stages of sw_tiny, R = 4 (logarithmic)', rows=5)
+    looks = {PAIR: 'black', SEVEN: '#777777'}
+    looks.update(zip((*WAYS, CHOSEN, INFERENCE), COLOURS, strict=False))
+    for line, (kernel_size, phase, column, unit) in enumerate(panels):
+        for stage, axis in enumerate(axes[line], 1):
+            for name, colour in looks.items():
+                found = results.all(stage=stage, kernel_size=kernel_size, phase=phase, what=name)
+                if not found:
+                    continue
+                if name in (PAIR, SEVEN):
+                    axis.axhline(found[0][column], color=colour, linestyle='--' if name == PAIR else ':', label=name)
+                    continue
+                found.sort(key=lambda row: row['density'])
+                wide = name in (CHOSEN, INFERENCE)
+                axis.plot(
+                    [row['density'] for row in found], [row[column] for row in found], color=colour, label=name,
+                    marker='o' if wide else '.', markersize=5 if wide else 4, linewidth=1.8 if wide else 1.2,
+                    markerfacecolor='none' if wide else colour)
+            axis.axvline(
+                TRAINED[stage - 1], color='#bbbbbb', linewidth=5, alpha=.4, zorder=0, label='trained-like density')
+            logarithmic(axis.xaxis)
+            logarithmic(axis.yaxis)
+            axis.set_xticks(DENSITIES)
+            axis.set_title(f'N = {kernel_size}, stage {stage}, {phase}', fontsize=9)
+            if stage == 1:
+                axis.set_ylabel(unit)
+            if line == len(panels) - 1:
+                axis.set_xlabel('share of kept groups')
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Check, time, and write the results."""
+    args = parser(__doc__.splitlines()[0], 'operator', seconds=0.5).parse_args()
+    device = start(args)
+    rows = [
+        row for kernel_size in (5, 3) for stage in range(len(STAGES)) for row in run(stage, kernel_size, args, device)]
+    results = Results(rows)
+    for kernel_size in (5, 3):
+        for phase in PHASES:
+            table(results, kernel_size, phase)
+    settings = {
+        'batch': args.batch, 'shuffles': SHUFFLES, 'ghost_ratio': GHOST_RATIO, 'dtype': 'float32',
+        'seconds': args.seconds,
+    }
+    written = (
+        report_targets(targets(results), args.output, device, **settings),
+        write_csv(args.output, rows, device, **settings),
+        save(plot(results), args.output),
+    )
+    console.print('wrote ' + ', '.join(map(str, written)))
+
+
+if __name__ == '__main__':
+    main()
