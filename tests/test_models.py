@@ -289,45 +289,6 @@ def test_fx_takes_features_from_within(name, image):
 
 
 @every_family
-def test_mixed_precision_trains(name, image):
-    model = small(name).train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        loss = model(image).float().square().mean()
-    loss.backward()
-    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
-    with torch.no_grad():
-        wanted = model.eval()(image)
-        with torch.autocast('cpu', dtype=torch.bfloat16):
-            seen = model(image)
-    assert (seen.float() - wanted).norm() < 0.05 * wanted.norm()
-
-
-@every_family
-@torch.no_grad()
-def test_a_bfloat16_network_computes_about_the_same(name, image):
-    model = small(name)
-    wanted = model(image)
-    seen = model.to(torch.bfloat16)(image.to(torch.bfloat16))
-    assert seen.dtype == torch.bfloat16
-    assert (seen.float() - wanted).norm() < 0.1 * wanted.norm()
-
-
-@every_family
-def test_channels_last_computes_the_same(name, image, backend):
-    model = small(name, backend=backend)
-    wanted = model(image)
-    model = model.to(memory_format=torch.channels_last)
-    image = image.to(memory_format=torch.channels_last)
-    seen = model(image)
-    torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
-    seen.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    merged = reparameterize_model(model)
-    torch.testing.assert_close(merged(image), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(merged.to(memory_format=torch.channels_last)(image), wanted, rtol=1e-4, atol=1e-4)
-
-
-@every_family
 @pytest.mark.parametrize('height, width', [(32, 32), (33, 65), (97, 51), (384, 128), (64, 224)])
 @torch.no_grad()
 def test_images_of_odd_sizes_pass(name, height, width, backend):
