@@ -14,10 +14,12 @@ import pytest
 import timm
 import torch
 from authors_networks import AuthorsNetwork
+from families import make, unsettle
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import timm_shiftwise
+from timm_shiftwise.layers import ShiftwiseConv2d
 from timm_shiftwise.models import CheckpointError, checkpoint_filter_fn, describe_checkpoint
 
 SLAK = AuthorsNetwork('slak')
@@ -294,6 +296,39 @@ def test_weights_can_be_assigned_to_a_model_without_memory():
     model.load_state_dict(state, assign=True)
     assert {buffer.device.type for buffer in model.buffers()} == {'cpu'}
     assert_same_logits(model, SW, state)
+
+
+def averaged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The average of checkpoints as timm's avg_checkpoints.py writes it: of everything, in float32."""
+    return {key: torch.stack([state[key].double() for state in states]).mean(0).float() for key in states[0]}
+
+
+@pytest.mark.parametrize('family', ['sw', 'sw_v2', 'eq_slak'])
+def test_an_average_of_checkpoints_keeps_what_any_of_them_keeps(family, tmp_path):
+    models = [make(family) for _ in range(3)]
+    for seed, model in enumerate(models):
+        unsettle(model, seed)
+        for layer in model.sparsity.layers():
+            layer.weight.data *= layer.mask[:, :, None, None]
+    seen = make(family)
+    timm.models.load_checkpoint(seen, save(averaged([model.state_dict() for model in models]), tmp_path))
+    parts = [[layer for layer in model.modules() if isinstance(layer, ShiftwiseConv2d)] for model in (seen, *models)]
+    for layer, *others in zip(*parts, strict=True):
+        assert torch.equal(layer.mask, torch.stack([other.mask for other in others]).any(0))
+        weights = torch.stack([other.summed_weight() for other in others])
+        torch.testing.assert_close(layer.summed_weight(), weights.mean(0))
+        for name, table in others[0].named_buffers(recurse=False):
+            assert name == 'mask' or torch.equal(getattr(layer, name), table), name
+
+
+@pytest.mark.parametrize('table', ['horizontal', 'identity', 'kept', 'geometry'])
+def test_an_average_over_different_tables_is_refused(table):
+    states = [make('sw').state_dict(), make('sw').state_dict()]
+    key = f'stages.0.blocks.0.conv_dw.{table}'
+    states[1][key] = states[1][key].flip(-1)
+    model = make('sw')
+    with pytest.raises(CheckpointError, match=table):
+        model.load_state_dict(averaged(states))
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -39,15 +41,19 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not (SCRIPTS / 'train.py').is_file(),
-        reason="TIMM'S SCRIPTS NOT TESTED: train.py, validate.py, inference.py, benchmark.py and bulk_runner.py are "
-               f"not in timm's wheel. Clone pytorch-image-models at v{timm.__version__} and set TIMM_SCRIPTS to that "
+        reason="TIMM'S SCRIPTS NOT TESTED: train.py, validate.py, inference.py, benchmark.py, bulk_runner.py, "
+               "onnx_export.py, onnx_validate.py, avg_checkpoints.py and clean_checkpoint.py are not in timm's wheel. "
+               f"Clone pytorch-image-models at v{timm.__version__} and set TIMM_SCRIPTS to that "
                f"directory (now: {os.environ.get('TIMM_SCRIPTS', 'not set')})"),
 ]
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    """An image folder of three classes that colour tells apart, 64 x 64 px, with noise."""
+    """An image folder of three classes that colour tells apart, 64 x 64 px, with noise.
+
+    The first validation image of each class has the colour of another: nothing is right about all of them.
+    """
     root = tmp_path_factory.mktemp('images')
     generator = np.random.default_rng(0)
     for split, images in (('train', TRAIN_IMAGES), ('validation', VALIDATION_IMAGES)):
@@ -56,7 +62,7 @@ def data(tmp_path_factory) -> Path:
             folder.mkdir(parents=True)
             for index in range(images):
                 pixels = generator.integers(0, 128, (64, 64, 3), dtype=np.uint8)
-                pixels[..., channel] += 128
+                pixels[..., (channel + 1) % 3 if split == 'validation' and index == 0 else channel] += 128
                 Image.fromarray(pixels).save(folder / f'{index}.png')
     return root
 
@@ -111,10 +117,11 @@ def result(output: str):
 
 @pytest.fixture(scope='module')
 def trained(data, tmp_path_factory) -> Path:
-    """Output of four epochs of train.py with a moving average of the weights."""
+    """Output of four epochs of train.py with a moving average of the weights; masks change in each."""
     output = tmp_path_factory.mktemp('trained')
     execute(train_command(
-        data, output, '--crop-pct', '1.0', '--model-ema', '--model-ema-decay', '0.8', epochs=4), cwd=output)
+        data, output, '--crop-pct', '1.0', '--model-ema', '--model-ema-decay', '0.8',
+        '--model-kwargs', 'prune_interval=3', f'sparsity_steps={4 * UPDATES}', epochs=4), cwd=output)
     return output
 
 
@@ -223,6 +230,75 @@ def test_inference_labels_as_the_network_does(data, trained):
             probabilities = model(transform(Image.open(data / 'validation' / name))[None]).softmax(-1)[0]
         assert prediction['index'] == probabilities.argmax().item()
         assert prediction['prob'] == pytest.approx(probabilities.max().item(), abs=1e-4)
+
+
+@pytest.fixture(scope='module')
+def validated(data, trained) -> dict[str, float]:
+    """What validate.py says of the averaged weights."""
+    command = launch('validate.py', data, trained / 'run' / 'last.pth.tar', '--use-ema', '--interpolation', 'bilinear')
+    return result(execute(command, cwd=trained))
+
+
+def exported(file: Path, model: str, checkpoint: Path, *options: str) -> onnxruntime.InferenceSession:
+    """An ONNX file that onnx_export.py has written and compared with the network, opened."""
+    execute([
+        *LAUNCHER, 'onnx_export.py', str(file), '--model', model, '--num-classes', str(len(CLASSES)),
+        '--img-size', '64', '--checkpoint', str(checkpoint), '--check-forward', *options], cwd=file.parent)
+    return onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+
+
+@pytest.mark.parametrize('options', [
+    ['--reparam'],
+    ['--reparam', '--dynamic-size'],
+    ['--reparam', '--dynamo', '--dynamic-size'],
+    ['--dynamo', '--dynamic-size'],
+], ids=lambda options: ' '.join(options))
+def test_what_onnx_export_writes_has_the_accuracy_of_the_network(options, data, trained, validated, tmp_path):
+    ours = exported(tmp_path / 'ours.onnx', MODEL, trained / 'run' / 'last.pth.tar', *options)
+    torch.save(timm.create_model('test_convnext2', num_classes=len(CLASSES)).state_dict(), tmp_path / 'timms.pth')
+    timms = exported(tmp_path / 'timms.onnx', 'test_convnext2', tmp_path / 'timms.pth', *options)
+    for seen, wanted in ((ours.get_inputs(), timms.get_inputs()), (ours.get_outputs(), timms.get_outputs())):
+        assert [(x.name, x.type, x.shape) for x in seen] == [(x.name, x.type, x.shape) for x in wanted]
+
+    # the exporter takes the averaged weights where a checkpoint has them
+    output = execute([
+        *LAUNCHER, 'onnx_validate.py', str(data / 'validation'), '--onnx-input', str(tmp_path / 'ours.onnx'),
+        '--img-size', '64', '--crop-pct', '1.0', '--interpolation', 'bilinear', '--workers', '1',
+        '--batch-size', str(BATCH_SIZE)], cwd=tmp_path)
+    assert float(re.search(r'\* Prec@1 ([\d.]+)', output)[1]) == pytest.approx(validated['top1'], abs=0.01)
+    assert 50 < validated['top1'] < 100
+
+
+@pytest.mark.parametrize('options', [[], ['--no-use-ema', '--safetensors']], ids=lambda options: ' '.join(options))
+def test_avg_checkpoints_averages_networks_of_different_masks(options, data, trained, tmp_path):
+    file = tmp_path / ('averaged.safetensors' if '--safetensors' in options else 'averaged.pth')
+    execute([
+        *LAUNCHER, 'avg_checkpoints.py', '--input', str(trained / 'run'), '--filter', 'checkpoint-*.pth.tar',
+        '-n', '3', '--output', str(file), *options], cwd=tmp_path)
+    model = timm.create_model(MODEL, num_classes=len(CLASSES), checkpoint_path=str(file))
+    key = 'state_dict' if '--no-use-ema' in options else 'state_dict_ema'
+    states = [checkpoint(trained, path.name) for path in (trained / 'run').glob('checkpoint-*.pth.tar')]
+    states = sorted(states, key=lambda state: state['metric'])[-3:]
+    masks = [state[key]['stages.2.blocks.0.conv_dw.mask'] for state in states]
+    assert any(not torch.equal(masks[0], mask) for mask in masks)
+    assert torch.equal(model.stages[2].blocks[0].conv_dw.mask, torch.stack(masks).any(0))
+    top1 = result(execute(launch('validate.py', data, file), cwd=tmp_path))['top1']
+    assert top1 > max(row['eval_top1'] for row in summary(trained)) - 15
+
+
+@pytest.mark.parametrize('options', [
+    [], ['--no-use-ema', '--no-hash', '--safetensors']], ids=lambda options: ' '.join(options))
+def test_clean_checkpoint_leaves_the_weights_as_they_are(options, trained, tmp_path):
+    ending = 'safetensors' if '--safetensors' in options else 'pth'
+    execute([
+        *LAUNCHER, 'clean_checkpoint.py', '--checkpoint', str(trained / 'run' / 'last.pth.tar'),
+        '--output', str(tmp_path / f'clean.{ending}'), *options], cwd=tmp_path)
+    (file,) = tmp_path.glob(f'clean*.{ending}')
+    model = timm.create_model(MODEL, num_classes=len(CLASSES), checkpoint_path=str(file))
+    saved = checkpoint(trained)['state_dict' if '--no-use-ema' in options else 'state_dict_ema']
+    assert model.state_dict().keys() == saved.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name]) and value.dtype == saved[name].dtype, name
 
 
 BENCHMARK = [

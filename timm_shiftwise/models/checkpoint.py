@@ -167,7 +167,8 @@ def _in_own_layout(
         own: The network's own state, by its names.
 
     Returns:
-        The state, ``raw`` itself if it is in our layout, and what is wrong with kernels that had to be cut.
+        The state, ``raw`` itself if it is in our layout and no average, and what is wrong with kernels that had to be
+        cut.
     """
     operators = {
         _network_name(name): module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
@@ -176,7 +177,7 @@ def _in_own_layout(
     elif any(f'{name}.conv_h.weight' in raw for name, operator in operators.items() if operator.operator == 'eq_slak'):
         state = dict(raw)
     else:
-        return raw, []
+        return _as_integers(raw, own), []
     problems = []
     for name, operator in operators.items():
         merged = state.pop(f'{name}.{MERGED_PATHS}', None)
@@ -195,6 +196,28 @@ def _in_own_layout(
         if key in kept or key.endswith(_COUNTER):
             state.setdefault(key, torch.zeros_like(value, device='cpu') if value.is_meta else value)
     return {_network_name(key): value for key, value in keep_masks(state, model).items()}, problems
+
+
+def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks, tables and counters as the network has them, where they were averaged together with the weights.
+
+    timm's avg_checkpoints.py does so, and saves float32. A group that any of the averaged networks keeps is kept: in
+    the others its weights are zero. Tables that differ average to no integers, and stay as they are.
+
+    Args:
+        raw: Weights in our layout.
+        own: The network's own state.
+
+    Returns:
+        The weights, ``raw`` itself if there was nothing to do.
+    """
+    changed = {}
+    for key, value in raw.items():
+        if key in own and not own[key].is_floating_point() and value.is_floating_point() and not value.is_meta:
+            up = value.ceil()
+            if torch.equal(up, value) or key.rpartition('.')[2] not in (*_TABLES, 'kept', 'ghost', 'geometry'):
+                changed[key] = up.to(own[key].dtype)
+    return {**raw, **changed} if changed else raw
 
 
 def _released_tables(operator: ShiftwiseConv2d) -> dict[str, Tensor]:
