@@ -398,7 +398,10 @@ class ShiftwiseNet(nn.Module):
             global_pool: Global pooling type; None leaves it.
         """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        like = self.head.norm.weight
+        with like.device:  # earlier versions of timm place the new classifier by PyTorch's defaults
+            self.head.reset(num_classes, global_pool)
+        self.head.to(like.dtype)
 
     def forward_intermediates(
             self,
@@ -506,7 +509,7 @@ def create_shiftwise(
             variant,
             pretrained,
             pretrained_filter_fn=_filter_pretrained,
-            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            feature_cfg=dict(out_indices=tuple(range(len(kwargs['depths']))), flatten_sequential=True),
             **kwargs,
         )
     if kwargs.get('features_only'):
