@@ -228,13 +228,18 @@ def test_a_sharded_network_takes_and_gives_whole_checkpoints(tmp_path):
             assert torch.equal(a, b), name
 
 
-def train_flattened(rank: int, use_orig_params: bool) -> str:
+def step_flattened(use_orig_params: bool, **kwargs) -> None:
     network = FullyShardedDataParallel(
-        make('sw', backend='torch'), use_orig_params=use_orig_params, device_id=torch.device('cpu'))
+        make('sw', backend='torch', **kwargs), use_orig_params=use_orig_params, device_id=torch.device('cpu'))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     network(image(2, 3, 32, 48)).square().mean().backward()
+    optimizer.step()
+
+
+def train_flattened(rank: int, use_orig_params: bool) -> str:
+    step_flattened(use_orig_params, sparsity=0)
     with pytest.raises(RuntimeError) as error:
-        optimizer.step()
+        step_flattened(use_orig_params)
     return str(error.value)
 
 
