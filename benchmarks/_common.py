@@ -30,7 +30,7 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#9
 
 _FORCING = ('TIMM_SHIFTWISE_WAY', 'TIMM_SHIFTWISE_BACKEND')
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 @dataclass
@@ -330,11 +330,15 @@ def new_figure(columns: int, title: str, rows: int = 1) -> tuple[Any, Any]:
 
 
 def logarithmic(axis: Any) -> None:
-    """Make an axis of a plot (``axes.xaxis`` or ``axes.yaxis``) logarithmic, with plain numbers at 1, 2 and 5."""
+    """Make an axis of a plot (``axes.xaxis`` or ``axes.yaxis``) logarithmic, with plain numbers at 1, 2 and 5.
+
+    Call it when all is drawn: a range of more than a few powers of ten gets numbers at those alone.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     (axis.axes.set_xscale if axis.axis_name == 'x' else axis.axes.set_yscale)('log')
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
     axis.set_major_formatter('{x:g}')
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

@@ -33,7 +33,10 @@ class Call:
     def __init__(self, function: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]) -> None:
         self.function = function
         self.leaves = [leaf.requires_grad_() for leaf in leaves]
-        self.grads = [noise(*out.shape, device=out.device, seed=1 + i) for i, out in enumerate(self.forward())]
+        self.grads = [  # in the memory format of the outputs, as the layer after would hand them back
+            torch.empty_like(out).copy_(noise(*out.shape, device=out.device, seed=1 + i))
+            for i, out in enumerate(self.forward())
+        ]
 
     @torch.no_grad()
     def forward(self) -> Sequence[Tensor]:

@@ -10,6 +10,9 @@ channels" work on all.
 * inference form: the merged layer, one map, with the channels that pass through;
 * whole layer: the layer as it trains, with its BatchNorms, paths and channels that pass through.
 
+Maps are contiguous, except where a row says "channels last": so they come to most operators within a network, whose
+linear layers want the channels last, and PyTorch's wide convolutions are far faster on them.
+
 Everything is checked, values and gradients, before it is timed.
 """
 from collections.abc import Callable
@@ -59,8 +62,10 @@ PHASES = ('forward', 'forward + backward')
 PAIR, SEVEN, SLAK_LAYER = "SLaK's pair", "ConvNeXt's 7 x 7", "SLaK's whole layer"
 WAYS = ('shift', 'merged', 'fused')
 CHOSEN, INFERENCE, INFERENCE_MERGED, LAYER = 'chosen way', 'inference form', 'inference form, merged', 'whole layer'
-ALL = ', all channels'
-NAMES = (*WAYS, CHOSEN, CHOSEN + ALL, INFERENCE, INFERENCE_MERGED, INFERENCE + ALL, LAYER)
+ALL, LAST = ', all channels', ', channels last'
+BASELINES = (PAIR, PAIR + LAST, SEVEN, SEVEN + LAST, SLAK_LAYER, SLAK_LAYER + LAST)
+NAMES = (
+    *WAYS, CHOSEN, CHOSEN + ALL, INFERENCE, INFERENCE_MERGED, INFERENCE + ALL, INFERENCE + LAST, LAYER, LAYER + LAST)
 
 # times faster than SLaK's pair, by stage
 FORWARD_DENSE = (6, 12, 15, 7)
@@ -81,7 +86,7 @@ class Case:
     """Something to time.
 
     Attributes:
-        name: One of :data:`NAMES` or a baseline.
+        name: One of :data:`NAMES` or :data:`BASELINES`.
         density: Share of kept groups; None where there are none.
         phase: One of :data:`PHASES`.
         function: The call.
@@ -163,13 +168,14 @@ def all_cases(stage: int, kernel_size: int, batch: int, device: torch.device) ->
     dim, side, focus_length = STAGES[stage]
     x = noise(batch, dim, side, side, device=device)
     slak = LargeKernelConv2d(dim, focus_length, kernel_size).to(device)
-    pair = SlakPair(slak, x)
-    pair.check()
-    cases = [
-        *both_phases(PAIR, None, pair.call, ()),
-        *both_phases(SEVEN, None, seven(x), ()),
-        layer_case(SLAK_LAYER, slak, None, x),
-    ]
+    last = x.to(memory_format=torch.channels_last)
+    cases = []
+    for suffix, maps in (('', x), (LAST, last)):
+        pair = SlakPair(slak, maps)
+        pair.check()
+        cases += both_phases(PAIR + suffix, None, pair.call, ())
+        cases += both_phases(SEVEN + suffix, None, seven(maps), ())
+        cases.append(layer_case(SLAK_LAYER + suffix, slak, None, maps))
     for density in densities(stage):
         layer = shiftwise_layer(dim, focus_length, kernel_size, density, device)
         cases += operator_cases(CHOSEN, layer, density, batch, side, ways(device))
@@ -177,7 +183,9 @@ def all_cases(stage: int, kernel_size: int, batch: int, device: torch.device) ->
         if density == 1:
             cases.append(inference_case(INFERENCE_MERGED, layer, density, x, 'merged'))
         if density in (1, TRAINED[stage]):
+            cases.append(inference_case(INFERENCE + LAST, layer, density, last))
             cases.append(layer_case(LAYER, layer.train(), density, x))
+            cases.append(layer_case(LAYER + LAST, layer, density, last))
             everywhere = shiftwise_layer(dim, focus_length, kernel_size, density, device, ghost_ratio=0.)
             cases += operator_cases(CHOSEN + ALL, everywhere, density, batch, side)
             cases.append(inference_case(INFERENCE + ALL, everywhere, density, x))
@@ -264,11 +272,16 @@ def targets(results: Results) -> list[Target]:
                    pair_training / training(what=CHOSEN, **sparse), 'at least' if first else '', TRAINING_TRAINED),
             Target(f'{FASTER_TRAINING} trained-like, all channels', where,
                    pair_training / training(what=CHOSEN + ALL, **sparse)),
-            Target("forward + backward, whole layer, times faster than SLaK's: dense", where,
-                   training(stage=stage, what=SLAK_LAYER) / training(what=LAYER, **dense)),
-            Target("forward + backward, whole layer, times faster than SLaK's: trained-like", where,
-                   training(stage=stage, what=SLAK_LAYER) / training(what=LAYER, **sparse)),
         ]
+        for share, at_share in (('dense', dense), ('trained-like', sparse)):
+            found.append(Target(
+                f'{PHASES[0]}, channels last, times faster than the pair: {share}, inference form', where,
+                forward(stage=stage, what=PAIR + LAST) / forward(what=INFERENCE + LAST, **at_share)))
+            found += [
+                Target(
+                    f"{PHASES[1]}{suffix}, whole layer, times faster than SLaK's: {share}", where,
+                    training(stage=stage, what=SLAK_LAYER + suffix) / training(what=LAYER + suffix, **at_share))
+                for suffix in ('', LAST)]
     found += chooser_targets(results)
     for name, bounded in ((CHOSEN, 'at most'), (LAYER, ''), (SLAK_LAYER, '')):
         for row in results.all(what=name, kernel_size=5, phase=PHASES[1]):
@@ -308,7 +321,7 @@ def table(results: Results, kernel_size: int, phase: str) -> None:
 
     lines = []
     for density in (None, *DENSITIES, 'trained'):
-        for name in (PAIR, SEVEN, SLAK_LAYER, *NAMES):
+        for name in (*BASELINES, *NAMES):
             cells = []
             for stage in range(1, len(STAGES) + 1):
                 share = TRAINED[stage - 1] if density == 'trained' else density
@@ -327,7 +340,8 @@ def plot(results: Results) -> Any:
     panels = [(5, phase, 'median_ms', 'ms') for phase in PHASES] + [(3, phase, 'median_ms', 'ms') for phase in PHASES]
     panels.append((5, PHASES[1], 'peak_mib', 'peak MiB'))
     figure, axes = new_figure(len(STAGES), 'The operator in the stages of sw_tiny, R = 4 (logarithmic)', rows=5)
-    looks = {PAIR: 'black', SEVEN: '#777777'}
+    styles = {PAIR: '--', PAIR + LAST: '-.', SEVEN: ':'}
+    looks = {PAIR: 'black', PAIR + LAST: 'black', SEVEN: '#777777'}
     looks.update(zip((*WAYS, CHOSEN, INFERENCE), COLOURS, strict=False))
     for line, (kernel_size, phase, column, unit) in enumerate(panels):
         for stage, axis in enumerate(axes[line], 1):
@@ -335,8 +349,8 @@ def plot(results: Results) -> Any:
                 found = results.all(stage=stage, kernel_size=kernel_size, phase=phase, what=name)
                 if not found:
                     continue
-                if name in (PAIR, SEVEN):
-                    axis.axhline(found[0][column], color=colour, linestyle='--' if name == PAIR else ':', label=name)
+                if name in styles:
+                    axis.axhline(found[0][column], color=colour, linestyle=styles[name], label=name)
                     continue
                 found.sort(key=lambda row: row['density'])
                 wide = name in (CHOSEN, INFERENCE)
@@ -355,13 +369,13 @@ def plot(results: Results) -> Any:
             if line == len(panels) - 1:
                 axis.set_xlabel('share of kept groups')
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
+    figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
     return figure
 
 
 def main() -> None:
     """Check, time, and write the results."""
-    args = parser(__doc__.splitlines()[0], 'operator', seconds=0.5).parse_args()
+    args = parser(__doc__.splitlines()[0], 'operator', seconds=0.4).parse_args()
     device = start(args)
     rows = [
         row for kernel_size in (5, 3) for stage in range(len(STAGES)) for row in run(stage, kernel_size, args, device)]
