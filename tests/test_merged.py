@@ -6,6 +6,7 @@ from timm.utils import reparameterize_model
 
 from timm_shiftwise.layers import LargeKernelConv2d, MergedShiftwiseConv2d, ShiftwiseConv2d
 from timm_shiftwise.models.variants import SHIFTWISE, SHIFTWISE_V2
+from timm_shiftwise.ops.shiftwise_conv.ways import ENVIRONMENT_VARIABLE, choose_inference_way
 
 SMALL = dict(dims=(12, 16, 24, 32), depths=(1, 1, 2, 1), num_classes=7)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -39,6 +40,53 @@ def test_a_merged_operator_gives_the_same(operator, shuffles, padding, focus_len
     merged = layer.fuse()
     with torch.no_grad():
         assert relative_error(merged(x), layer(x)) < 1e-10
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('focus_length, kernel_size, height, width', [
+    (51, 5, 8, 19), (7, 3, 1, 1), (4, 2, 5, 33), (3, 5, 17, 2), (5, 1, 3, 16)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize('padding', ['full', 'same'])
+@pytest.mark.parametrize('operator, ghost_ratio', [('sw', 0.3), ('p_sw', 0.)])
+@pytest.mark.usefixtures('poisoned_memory', 'needs_taichi')
+def test_a_merged_operator_in_one_kernel_gives_the_same(
+        operator, ghost_ratio, padding, dtype, tolerance, focus_length, kernel_size, height, width, memory_format,
+        threads, monkeypatch):
+    torch.manual_seed(0)
+    layer = randomise(ShiftwiseConv2d(
+        9, focus_length, kernel_size, operator=operator, num_paths=2, num_shuffles=2, ghost_ratio=ghost_ratio,
+        padding=padding, backend='torch', dtype=torch.float64))
+    x = torch.randn(3, 9, height, width, dtype=torch.float64)
+    merged = layer.fuse().to(dtype)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'fused')
+    was = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            seen, wanted = merged(x.to(dtype, memory_format=memory_format)), layer(x)
+    finally:
+        torch.set_num_threads(was)
+    assert seen.dtype == dtype
+    assert relative_error(seen.double(), wanted) < tolerance
+
+
+@pytest.mark.usefixtures('needs_taichi')
+def test_a_merged_operator_of_few_groups_takes_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
+    layer = randomise(ShiftwiseConv2d(6, 51, 5, num_shuffles=2, ghost_ratio=0.3))
+    layer.mask.fill_(False)
+    layer.mask[:, 3] = True
+    merged = layer.fuse()
+    x = torch.randn(1, 6, 48, 48)
+    way = choose_inference_way(x, 5, merged.density, 'full')
+    assert merged.density == pytest.approx(1 / 11) and way.way == 'fused', way
+    with torch.profiler.profile() as seen, torch.no_grad():
+        merged(x)
+    names = {event.name for event in seen.events()}
+    assert 'timm_shiftwise::folded_conv2d' in names and 'aten::conv2d' not in names
+    x.requires_grad_()
+    merged(x).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize('focus_length, kernel_size', [(51, 5), (7, 3), (4, 2), (3, 5), (5, 4)])

@@ -40,7 +40,7 @@ def assert_close(seen, wanted, tolerance):
 
 
 def fitting(padding: str) -> list[str]:
-    return [way for way in ways.WAYS if way != 'merged' or padding == 'full']
+    return [way for way in ways.WAYS if way not in ('merged', 'large') or padding == 'full']
 
 
 WAYS_AND_PADDINGS = [(way, padding) for padding in ('full', 'same') for way in fitting(padding)]
@@ -50,7 +50,7 @@ WAYS_AND_PADDINGS = [(way, padding) for padding in ('full', 'same') for way in f
 def forced(monkeypatch, request):
     """Force one way."""
     def force(way: str) -> None:
-        if way == 'fused':
+        if way in ('large', 'fused'):
             request.getfixturevalue('needs_taichi')
         monkeypatch.setenv(ways.ENVIRONMENT_VARIABLE, way)
     return force

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry, num_groups, small_padding
-from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops import in_autocast_dtype, inference_conv2d
 from timm_shiftwise.ops.shiftwise_conv.merged import (
     add_centred,
     assemble_kernels,
@@ -65,7 +65,7 @@ class MergedShiftwiseConv2d(nn.Module):
     It holds one small kernel set (paths summed, pruned groups zero) and what the three BatchNorms amount to: a scale
     for each branch and a bias. With ``padding='full'`` one tall and one wide kernel follow from these, as exact as the
     operator itself; they are assembled whenever weights are loaded, and columns that no kept group touches are left
-    out. With ``padding='same'`` the maps are still shifted and added.
+    out. With ``padding='same'``, and where few groups are kept, the maps are still shifted and added.
 
     Args:
         dim: Number of channels in and out.
@@ -123,6 +123,7 @@ class MergedShiftwiseConv2d(nn.Module):
         self.padding = padding
         self.backend = backend
         self.inner_skip = operator == 'sw'
+        self.density = 1.
         kept, ghost = split_ghost(dim, ghost_ratio, ghost_split)
         channels, groups = len(kept), num_groups(focus_length, kernel_size)
         maps = 2 * groups + 1 if operator == 'eq_slak' else groups
@@ -143,7 +144,9 @@ class MergedShiftwiseConv2d(nn.Module):
         self.assemble()
 
     def assemble(self) -> None:
-        """Make the tall and the wide kernel of what the operator holds."""
+        """Make the tall and the wide kernel of what the operator holds, and count what it keeps."""
+        if not self.weight.is_meta:
+            self.density = float((self.weight != 0).flatten(2).any(2).float().mean())
         if self.padding != 'full':
             return
         wide, tall, square = assemble_kernels(self.weight, self.horizontal, self.vertical, self.identity)
@@ -166,33 +169,23 @@ class MergedShiftwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         refuse_training(self.training)
-        x = in_autocast_dtype(x)  # or the skip and the ghosts would make the output float32
-        if self.num_ghost > 0:
-            x = x.contiguous()  # or each of the two selections makes a copy of its own
-        worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x
-        if self.padding == 'full':
-            out = large_kernel_conv2d(worked, self.tall, self.wide, self.bias)
-        else:
-            h, v, i = shiftwise_conv2d(
-                worked,
-                self.weight,
-                self.horizontal,
-                self.vertical,
-                self.identity,
-                self.focus_length,
-                self.padding,
-                None,
-                self.backend,
-            )
-            # under autocast the factors are of a higher precision than the branches
-            scale_h, scale_v, scale_i, bias = [
-                factor.to(h.dtype)[:, None, None] for factor in (self.scale_h, self.scale_v, self.scale_i, self.bias)]
-            out = h * scale_h + v * scale_v + i * scale_i + bias
-            if self.inner_skip:
-                out = out + worked
-        if self.num_ghost > 0:
-            out = torch.cat([out, x.index_select(1, self.ghost)], dim=1)
-        return out
+        return inference_conv2d(
+            in_autocast_dtype(x),  # or the skip and the ghosts would make the output float32
+            self.kept,
+            self.ghost,
+            self.tall,
+            self.wide,
+            self.weight,
+            self.horizontal,
+            self.vertical,
+            self.identity,
+            torch.stack([self.scale_h, self.scale_v, self.scale_i, self.bias]),
+            self.focus_length,
+            self.padding,
+            self.inner_skip,
+            self.density,
+            self.backend,
+        )
 
 
 def merge_large_kernels(wide: Tensor, tall: Tensor, square: Tensor, focus_length: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry, small_padding
-from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops import in_autocast_dtype, inference_conv2d, shiftwise_conv2d
 
 from .merged import MergedShiftwiseConv2d, fold_batch_norm, refuse_other_geometry
 from .wiring import separate_wiring, shuffled_wiring, split_ghost
@@ -16,6 +16,7 @@ from .wiring import separate_wiring, shuffled_wiring, split_ghost
 # fx sees one node; what is inside chooses by device, backend and autocast
 register_notrace_function(in_autocast_dtype)
 register_notrace_function(shiftwise_conv2d)
+register_notrace_function(inference_conv2d)
 
 OPERATORS = ('sw', 'p_sw', 'eq_slak')
 

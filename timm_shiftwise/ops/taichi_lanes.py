@@ -1,7 +1,7 @@
-"""Vectors of eight lanes in Taichi: what the CPU kernels are written in.
+"""Vectors of eight or sixteen lanes in Taichi: what the CPU kernels are written in.
 
-LLVM turns a Taichi vector of eight into machine vectors if the program keeps vectors (see :mod:`.taichi_runtime`) and
-if what is read and written is an array of such vectors, which must be aligned. So the CPU kernels work on scratch
+LLVM turns a Taichi vector of that many into machine vectors if the program keeps vectors (see :mod:`.taichi_runtime`)
+and if what is read and written is an array of such vectors, which must be aligned. So the CPU kernels work on scratch
 memory of their own, aligned and padded with zeros, and an unaligned read is put together from the lanes of two aligned
 ones.
 """
@@ -15,7 +15,8 @@ from .taichi_runtime import import_taichi, num_threads, setting
 
 ti = import_taichi()
 
-LANES = 8
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
+"""Numbers of float32 in a vector: as many as the registers of this processor hold, and no fewer than eight."""
 MAX_ELEMENTS = 2 ** 31 - 1  # of an array that Taichi can index
 
 
@@ -36,7 +37,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def scratch(vectors: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for a CPU kernel, [vectors, 8] of the type that ``dtype`` is summed in, at 64 bytes."""
+    """Uninitialised memory for a CPU kernel, [vectors, LANES] of the type that ``dtype`` is summed in, at 64 bytes."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     memory = torch.empty(LANES * vectors + LANES, dtype=dtype)
     start = -memory.data_ptr() % 64 // memory.element_size()
@@ -92,8 +93,17 @@ def store(array: ti.template(), index, value, kind: ti.template()):
 
 @ti.func
 def joined(first, second, lane: ti.template(), vector: ti.template()):
-    """The eight lanes from ``lane`` on of two vectors side by side."""
+    """The lanes from ``lane`` on, as many as a vector has, of two vectors side by side."""
     return vector([first[n] for n in range(lane, LANES)] + [second[n] for n in range(lane)])
+
+
+@ti.func
+def lane_sum(value, real: ti.template()):
+    """The sum of a vector's lanes."""
+    total = ti.cast(0, real)
+    for lane in ti.static(range(LANES)):
+        total += value[lane]
+    return total
 
 
 @ti.func

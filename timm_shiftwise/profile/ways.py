@@ -5,7 +5,7 @@ import torch
 
 from timm_shiftwise.layers import LargeKernelConv2d, MergedLargeKernelConv2d, MergedShiftwiseConv2d
 from timm_shiftwise.ops.backend import explain_backend
-from timm_shiftwise.ops.shiftwise_conv.ways import choose_way
+from timm_shiftwise.ops.shiftwise_conv.ways import choose_inference_way, choose_way
 from timm_shiftwise.sparsity.masks import random_mask
 
 from .operators import Operator, operator_shape
@@ -41,10 +41,11 @@ def way_of(operator: Operator, height: int, width: int, kept: int, device: torch
         return Way('large', "SLaK's operator convolves with its large kernels")
     if isinstance(operator, MergedLargeKernelConv2d):
         return Way('merged', 'the network is reparameterized')
-    if isinstance(operator, MergedShiftwiseConv2d) and operator.padding == 'full':
-        return Way('merged', 'the network is reparameterized')
     _, channels, maps, _, size = operator_shape(operator)
     x = torch.empty(1, channels, height, width, device=device)
+    if isinstance(operator, MergedShiftwiseConv2d):
+        choice = choose_inference_way(x, size, kept / (channels * maps), operator.padding, operator.backend)
+        return Way(choice.way, f'the network is reparameterized; {choice.reason}')
     mask = random_mask((channels, maps), kept, seed=0, step=0, layer=0).to(device)
     weight = torch.ones(channels, maps, size, size, device=device) * mask[:, :, None, None]
     choice = choose_way(x, weight, operator.padding, operator.backend)

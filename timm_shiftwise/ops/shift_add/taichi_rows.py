@@ -1,8 +1,8 @@
-"""The shift-add for CPUs: a plane (one channel of one image) at a time, row by row, eight lanes wide.
+"""The shift-add for CPUs: a plane (one channel of one image) at a time, row by row, a vector of lanes at a time.
 
 Forward: the K maps of a plane are copied into scratch memory that is padded with zeros. A shift along the height moves
 whole rows, which stay aligned. A shift along the width does not, so the places of the wide branch are sorted by their
-misalignment, shift modulo 8: those of one class are summed aligned, and each class is moved into place once.
+misalignment, shift modulo the lanes: those of one class are summed aligned, and each class is moved into place once.
 
 Backward: the three gradients of a plane are copied into scratch, the wide branch's once for each misalignment that
 occurs, and every map gathers from them what was read of it.
@@ -22,7 +22,7 @@ ti = import_taichi()
 
 
 class ForwardLayout(NamedTuple):
-    """Where the maps of one size lie in scratch, in vectors of eight; rows hold ``left`` zeros, a map's row, and zeros.
+    """Where the maps of one size lie in scratch, in vectors; rows hold ``left`` zeros, a map's row, and zeros.
 
     Attributes:
         left: Zeros before a row; chosen so that column E of a map is the first lane of a vector.
@@ -32,7 +32,7 @@ class ForwardLayout(NamedTuple):
         each branch. tile: Vectors that are summed at once.
         places: int32 [places, 2]: places of the wide branch that touch the image, sorted by misalignment, and the
             vector of a row where each reads the first output.
-        classes: int32 [9]: the first of them in every misalignment.
+        classes: int32 [LANES + 1]: the first of them in every misalignment.
     """
     left: int
     row: int
@@ -44,19 +44,19 @@ class ForwardLayout(NamedTuple):
 
 
 class BackwardLayout(NamedTuple):
-    """Where the gradients lie in scratch, in vectors of eight.
+    """Where the gradients lie in scratch, in vectors.
 
     Attributes:
         left: Zeros before a row of the wide branch's gradient.
         row: Vectors in a row of the wide branch's gradient.
         narrow: Vectors in a row of the other two, in which column j of the image is lane E + j.
         vectors: Vectors that hold a row of a map, a multiple of ``tile``.
-        size: Vectors of the wide branch's gradient in its eight misalignments, of the other two, of what the last
+        size: Vectors of the wide branch's gradient in all its misalignments, of the other two, of what the last
             reads may touch beyond them, and of a finished row.
         tile: Vectors that are summed at once.
         places: int32 [G, 2]: for every place, the misalignment of its reads and the vector of a row where it reads for
             the first column of a map; misalignment -1 if it never touches the image.
-        used: int32 [8]: whether a misalignment occurs.
+        used: int32 [LANES]: whether a misalignment occurs.
     """
     left: int
     row: int

@@ -100,7 +100,7 @@ def _shiftwise_conv2d(
     if way == 'fused':
         from .taichi_impl import fused_conv2d_taichi
         return fused_conv2d_taichi(x, weight, *tables, focus_length, padding, mask)
-    if way == 'merged':
+    if way in ('merged', 'large'):
         h, v, i = merged.merged_conv2d(x, weight, *tables, focus_length)
         return h.contiguous(), v.contiguous(), i.contiguous()
     return small.small_shift_conv2d(x, weight, *tables, focus_length, padding, backend)
@@ -134,9 +134,9 @@ def _shiftwise_conv2d_backward(
         from .taichi_impl import fused_conv2d_backward_taichi
         grad_x, grad_weight = fused_conv2d_backward_taichi(
             *grads, x, weight, *tables, focus_length, padding, mask, need_x, need_weight)
-    elif way == 'merged':
+    elif way in ('merged', 'large'):
         grad_x, grad_weight = merged.merged_conv2d_backward(
-            *grads, x, weight, *tables, focus_length, need_x, need_weight)
+            *grads, x, weight, *tables, focus_length, need_x, need_weight, in_taichi=way == 'large')
     else:
         grad_x, grad_weight = small.small_shift_conv2d_backward(
             *grads, x, weight, *tables, focus_length, padding, backend, need_x, need_weight)

@@ -209,6 +209,50 @@ def _centred_kernels(
     )
 
 
+def large_kernel_backward(
+        grad_h: Tensor,
+        grad_v: Tensor,
+        grad_i: Tensor,
+        x: Tensor,
+        wide: Tensor,
+        tall: Tensor,
+        square: Tensor,
+        need_x: bool,
+        need_weight: bool,
+) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
+    """Gradients of a wide, a tall and a square depthwise convolution of one input.
+
+    That of the input is a forward convolution with the turned kernels; those of the kernels, which PyTorch is slow at,
+    are batched matrix products (:func:`depthwise_weight_gradient`).
+
+    Args:
+        grad_h: Gradient of the wide kernels' output, [B, C, H, W].
+        grad_v: Gradient of the tall kernels' output, [B, C, H, W].
+        grad_i: Gradient of the square kernels' output, [B, C, H, W].
+        x: Input [B, C, H, W].
+        wide: Kernels [C, rows, columns] of odd sides.
+        tall: The same.
+        square: The same.
+        need_x: Whether the gradient of the input is wanted.
+        need_weight: Whether the gradients of the kernels are wanted.
+
+    Returns:
+        The gradient of ``x``, and those of the wide, the tall and the square kernels in float32 at least; None where
+        not wanted.
+    """
+    grads, kernels = (grad_h, grad_v, grad_i), (wide, tall, square)
+    grad_x = grad_kernels = None
+    if need_x:
+        grad_x = large_depthwise_conv2d(grad_h, wide.flip(1, 2))
+        for grad, kernel in zip(grads[1:], kernels[1:], strict=True):
+            grad_x = grad_x + large_depthwise_conv2d(grad, kernel.flip(1, 2))
+    if need_weight:
+        grad_kernels = tuple(
+            large_depthwise_weight_gradient(x, grad, kernel.shape[1], kernel.shape[2])
+            for grad, kernel in zip(grads, kernels, strict=True))
+    return grad_x, grad_kernels
+
+
 def merged_conv2d_backward(
         grad_h: Tensor,
         grad_v: Tensor,
@@ -221,30 +265,25 @@ def merged_conv2d_backward(
         focus_length: int,
         need_x: bool,
         need_weight: bool,
+        in_taichi: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input and of the small kernels of :func:`merged_conv2d`; None where not wanted.
 
-    That of the input is a forward convolution with the turned kernels; that of a large kernel, which PyTorch is slow
-    at, a batched matrix product (:func:`depthwise_weight_gradient`), of which every small kernel gathers its places.
+    They are those of the large kernels, of which every small kernel gathers its places; ``in_taichi`` makes them in one
+    Taichi kernel instead of PyTorch's operators.
     """
-    grads = (grad_h, grad_v, grad_i)
+    backward = large_kernel_backward
+    if in_taichi:
+        from .taichi_large import large_kernel_backward_taichi as backward
     kernels = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
-    grad_x = None
-    if need_x:
-        grad_x = large_depthwise_conv2d(grad_h, kernels[0].flip(1, 2))
-        for grad, kernel in zip(grads[1:], kernels[1:], strict=True):
-            grad_x = grad_x + large_depthwise_conv2d(grad, kernel.flip(1, 2))
-    if not need_weight:
+    grad_x, grads = backward(grad_h, grad_v, grad_i, x, *kernels, need_x, need_weight)
+    if grads is None:
         return grad_x, None
     size, groups = weight.shape[2], horizontal.shape[2]
-    wide, tall, square = (
-        large_depthwise_weight_gradient(x, grad, kernel.shape[1], kernel.shape[2])
-        for grad, kernel in zip(grads, kernels, strict=True)
-    )
     # undo the centring, then cut into places: [C, G, N, N] twice, [C, 1, N, N]
-    wide = _uncentred(wide, size // 2, focus_length // 2, size, groups * size)
-    tall = _uncentred(tall, focus_length // 2, size // 2, groups * size, size)
-    square = _uncentred(square, size // 2, size // 2, size, size)
+    wide = _uncentred(grads[0], size // 2, focus_length // 2, size, groups * size)
+    tall = _uncentred(grads[1], focus_length // 2, size // 2, groups * size, size)
+    square = _uncentred(grads[2], size // 2, size // 2, size, size)
     grad_kernels = torch.zeros_like(weight.flatten(0, 1), dtype=wide.dtype)
     for pieces, table in (
             (wide.unflatten(2, (groups, size)).transpose(1, 2), horizontal),

@@ -48,15 +48,80 @@ def fused_conv2d_taichi(
     Returns:
         The horizontal, vertical and identity branches, each [B, C, H, W] in the dtype of ``x``.
     """
-    batch, channels, height, width = x.shape
-    maps, size = weight.shape[1], weight.shape[2]
+    out_h, out_v, out_i = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
+    _forward(x, weight, horizontal, vertical, identity, focus_length, padding, mask, (out_h, out_v, out_i))
+    return out_h, out_v, out_i
+
+
+def folded_conv2d_taichi(
+        x: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        focus_length: int,
+        padding: str,
+        factors: Tensor,
+        skip: bool,
+        kept: Tensor,
+        ghost: Tensor,
+) -> Tensor:
+    """The whole operator at inference: the branches of :func:`fused_conv2d_taichi` times a factor each, added up.
+
+    Args:
+        x: Input [B, dim, H, W], see :func:`fused_conv2d_taichi`.
+        weight: Small kernels [C, K, N, N]; those that are all zero cost nothing.
+        horizontal: See :func:`fused_conv2d_taichi`.
+        vertical: See :func:`fused_conv2d_taichi`.
+        identity: See :func:`fused_conv2d_taichi`.
+        focus_length: See :func:`fused_conv2d_taichi`.
+        padding: See :func:`fused_conv2d_taichi`.
+        factors: What the horizontal, the vertical and the identity branch are multiplied by, and a bias; [4, C].
+        skip: Whether the input itself is added.
+        kept: Channels of ``x`` that are worked on, [C].
+        ghost: The others, [dim - C].
+
+    Returns:
+        The channels worked on, then the ghosts: [B, dim, H, W] in the dtype of ``x``.
+    """
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    if len(ghost) > 0:
+        out[:, len(kept):] = x.index_select(1, ghost)
+    unused = out.new_empty(0)
+    _forward(
+        x, weight, horizontal, vertical, identity, focus_length, padding, None, (out, unused, unused), kept, factors,
+        skip)
+    return out
+
+
+def _forward(
+        x: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        focus_length: int,
+        padding: str,
+        mask: Tensor | None,
+        outs: tuple[Tensor, ...],
+        read: Tensor | None = None,
+        factors: Tensor | None = None,
+        skip: bool = False,
+) -> None:
+    """Write the branches into three tensors, or, with ``factors``, their sum into the first of them."""
+    batch, in_channels, height, width = x.shape
+    channels, maps, size, _ = weight.shape
     shuffles, _, groups = horizontal.shape
     mask = kept_groups(weight) if mask is None else mask
     kind, real = kinds(x.dtype)
-    weights = weight.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous().view(-1)
+    summed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = weight.detach().to(summed).contiguous().view(-1)
     tables = _integers(mask), _integers(horizontal), _integers(vertical), _integers(identity)
-    out_h, out_v, out_i = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
-    step = max(1, MAX_ELEMENTS // max(1, channels * height * width))
+    read = torch.arange(channels) if read is None else read
+    folded = factors is not None
+    factors = torch.empty(0, dtype=summed) if factors is None else factors.detach().to(summed).contiguous().view(-1)
+    step = max(1, MAX_ELEMENTS // max(1, in_channels * height * width))
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         planes = (part.stop - part.start) * channels
@@ -65,13 +130,12 @@ def fused_conv2d_taichi(
             tasks = num_tasks(planes)
             stride = list_length(maps, groups, shuffles)
             forward_kernel(real)(
-                flat(x[part]), weights, *tables, layout.places, layout.classes, layout.inside,
+                flat(x[part]), weights, *tables, layout.places, layout.classes, layout.inside, _integers(read), factors,
                 torch.empty(channels * stride, dtype=torch.int32), scratch(tasks * layout.size, x.dtype),
-                *(flat(out[part]) for out in (out_h, out_v, out_i)), planes, channels, maps, height, width, shuffles,
-                groups, shift(0, focus_length, size, 'full'), layout.left, layout.row, layout.columns, layout.wide,
-                layout.source, layout.size, stride, tasks, size, layout.made, layout.tile, padding == 'same',
-                num_threads(), kind)
-    return out_h, out_v, out_i
+                *(flat(out[part]) for out in outs), planes, channels, in_channels, outs[0].shape[1], maps, height,
+                width, shuffles, groups, shift(0, focus_length, size, 'full'), layout.left, layout.row, layout.columns,
+                layout.wide, layout.source, layout.size, stride, tasks, size, layout.made, layout.tile,
+                padding == 'same', folded, skip, num_threads(), kind)
 
 
 def fused_conv2d_backward_taichi(

@@ -17,14 +17,14 @@ from timm_shiftwise.geometry import map_size, num_groups, shift, small_padding
 from timm_shiftwise.ops.shift_add.taichi_rows import BackwardLayout as GradientLayout
 from timm_shiftwise.ops.shift_add.taichi_rows import backward_layout as gradient_layout
 from timm_shiftwise.ops.shift_add.taichi_rows import gather_row, list_writes, load_gradients
-from timm_shiftwise.ops.taichi_lanes import LANES, joined, load_row, store_row, tile, zeros
+from timm_shiftwise.ops.taichi_lanes import LANES, joined, lane_sum, load_row, store_row, tile, zeros
 from timm_shiftwise.ops.taichi_runtime import import_taichi
 
 ti = import_taichi()
 
 
 class ForwardLayout(NamedTuple):
-    """Where things lie in scratch, in vectors of eight.
+    """Where things lie in scratch, in vectors.
 
     Attributes:
         left: Vectors of zeros before a row of a map.
@@ -37,7 +37,7 @@ class ForwardLayout(NamedTuple):
         tile: Vectors of the image that are summed at once.
         places: int32 [places, 2]: places of the wide branch that touch the image, sorted by misalignment, and the
             vector of a row where each reads the first output.
-        classes: int32 [9]: the first of them in every misalignment.
+        classes: int32 [LANES + 1]: the first of them in every misalignment.
         inside: int32 [4]: first and last row, and first and last column, of a map that are not zero by its padding.
     """
     left: int
@@ -189,7 +189,11 @@ def _zero_outside(memory: ti.template(), at, vectors, first, last):
 
 @cache
 def forward_kernel(real: Any) -> Any:
-    """The forward kernel that sums in a type of Taichi's."""
+    """The forward kernel that sums in a type of Taichi's.
+
+    It writes the three branches, or, ``folded``, into ``out_h`` alone their sum, each times a factor of its channel,
+    with a bias and the input itself.
+    """
     vector = ti.types.vector(LANES, real)
 
     @ti.kernel
@@ -203,16 +207,18 @@ def forward_kernel(real: Any) -> Any:
             places: ti.types.ndarray(dtype=ti.i32, ndim=2),
             classes: ti.types.ndarray(dtype=ti.i32, ndim=1),
             inside: ti.types.ndarray(dtype=ti.i32, ndim=1),
+            read: ti.types.ndarray(dtype=ti.i32, ndim=1),
+            factors: ti.types.ndarray(dtype=real, ndim=1),
             lists: ti.types.ndarray(dtype=ti.i32, ndim=1),
             memory: ti.types.ndarray(dtype=vector, ndim=1),
             out_h: ti.types.ndarray(ndim=1),
             out_v: ti.types.ndarray(ndim=1),
             out_i: ti.types.ndarray(ndim=1),
-            planes: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, shuffles: ti.i32,
-            groups: ti.i32, first_shift: ti.i32, left: ti.i32, row: ti.i32, columns: ti.i32, wide: ti.i32,
-            source: ti.i32, size: ti.i32, stride: ti.i32, tasks: ti.i32,
+            planes: ti.i32, channels: ti.i32, in_channels: ti.i32, out_channels: ti.i32, maps: ti.i32, height: ti.i32,
+            width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, left: ti.i32, row: ti.i32,
+            columns: ti.i32, wide: ti.i32, source: ti.i32, size: ti.i32, stride: ti.i32, tasks: ti.i32,
             n: ti.template(), count: ti.template(), across: ti.template(), masked: ti.template(),
-            threads: ti.template(), kind: ti.template(),
+            folded: ti.template(), skip: ti.template(), threads: ti.template(), kind: ti.template(),
     ):
         e = ti.static(n - 1 - n // 2)
         map_height = height + n - 1
@@ -238,10 +244,10 @@ def forward_kernel(real: Any) -> Any:
                 h_at = kept_at + 1 + maps
                 v_at = h_at + LANES + 1 + groups * shuffles
                 i_at = v_at + groups + 1 + groups * shuffles
-                if lists[kept_at] > 0:
-                    _load_image(
-                        memory, image, x, ti.cast(plane, ti.i64) * height * width, height, width, source, n, kind, real,
-                        vector)
+                sample = plane // channels
+                if skip or lists[kept_at] > 0:
+                    first = (ti.cast(sample, ti.i64) * in_channels + read[c]) * height * width
+                    _load_image(memory, image, x, first, height, width, source, n, kind, real, vector)
                 for slot in range(lists[kept_at]):
                     first = (c * maps + lists[kept_at + 1 + slot]) * n * n
                     for p in range(inside[0], inside[1]):
@@ -264,7 +270,7 @@ def forward_kernel(real: Any) -> Any:
                 for i in range(height):
                     low = ti.min(groups, ti.max(0, (first_shift - i + n - 1) // n))
                     high = ti.max(low, ti.min(groups, (map_height + first_shift - i + n - 1) // n))
-                    start = (ti.cast(plane, ti.i64) * height + i) * width
+                    start = ((ti.cast(sample, ti.i64) * out_channels + c) * height + i) * width
                     column = 0
                     while column < wide:
                         here = base + ti.cast(i * row + column, ti.i64)
@@ -299,17 +305,26 @@ def forward_kernel(real: Any) -> Any:
                                         for v in ti.static(range(across)):
                                             total[v] += joined(part[v], part[v + 1], known, vector)
                         for v in ti.static(range(across)):
-                            memory[done + column + v] = total[v]
+                            to = done + column + v
+                            if ti.static(folded):
+                                total[v] = (
+                                    factors[c] * total[v] + factors[channels + c] * memory[to + wide]
+                                    + factors[2 * channels + c] * memory[to + 2 * wide] + factors[3 * channels + c])
+                            if ti.static(skip):
+                                near = image + (n - 1) * lines + ti.cast((i + n - 1) * source + column + v, ti.i64)
+                                total[v] += memory[near]
+                            memory[to] = total[v]
                         column += across
                     store_row(out_h, start, width, memory, done, kind)
-                    store_row(out_v, start, width, memory, done + wide, kind)
-                    store_row(out_i, start, width, memory, done + 2 * wide, kind)
+                    if ti.static(not folded):
+                        store_row(out_v, start, width, memory, done + wide, kind)
+                        store_row(out_i, start, width, memory, done + 2 * wide, kind)
 
     return shiftwise_conv_rows
 
 
 class BackwardLayout(NamedTuple):
-    """Where things lie in scratch, in vectors of eight.
+    """Where things lie in scratch, in vectors.
 
     Attributes:
         gradients: Where the gradients of the branches lie, the vectors of a map's row, and how many to make at once.
@@ -464,10 +479,6 @@ def backward_kernel(real: Any) -> Any:
                             store_row(grad_x, first + ti.cast(i, ti.i64) * width, width, memory, done, kind)
                 if ti.static(want_w):
                     for t in range(maps * n * n):
-                        lanes = memory[kernels + t]
-                        total = ti.cast(0, real)
-                        for lane in ti.static(range(LANES)):
-                            total += lanes[lane]
-                        grad_weight[c * maps * n * n + t] = total
+                        grad_weight[c * maps * n * n + t] = lane_sum(memory[kernels + t], real)
 
     return shiftwise_conv_backward_rows

@@ -4,6 +4,9 @@
     The definition: small convolutions, whose K-times-larger maps are shifted and added.
 ``merged``
     One wide, one tall and one square kernel, assembled from the small ones (:mod:`.merged`). Only for full padding.
+``large``
+    The merged way, its gradients in one Taichi kernel (:mod:`.taichi_large`). Only for full padding, on the CPU, for
+    kernels of up to 7 x 7.
 ``fused``
     Small convolutions, shifts and additions in one Taichi kernel that skips pruned groups (:mod:`.taichi_impl`). Only
     on the CPU.
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from timm_shiftwise.ops.backend import choose_backend, explain_backend, requested_backend
 
-WAYS = ('shift', 'merged', 'fused')
+WAYS = ('shift', 'merged', 'large', 'fused')
+_IN_TAICHI = ('large', 'fused')
 ENVIRONMENT_VARIABLE = 'TIMM_SHIFTWISE_WAY'
 
 
@@ -57,8 +61,8 @@ def choose_way(
     """
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
-        _check_asked(asked, x, padding)
-        if asked == 'fused':
+        _check_asked(asked, x, padding, weight.shape[2])
+        if asked in _IN_TAICHI:
             choose_backend('taichi', x.device)
         return Choice(asked, f'{ENVIRONMENT_VARIABLE} asks for it')
     requested, source = requested_backend(backend)
@@ -75,41 +79,109 @@ def choose_way(
         return Choice('fused' if x.device.type == 'cpu' else 'shift', f'{source} asks for Taichi')
     if weight.shape[2] > _LARGEST_UNROLLED:
         way = 'merged' if padding == 'full' else 'shift'
-        return Choice(way, f'the fused kernel is made for kernels up to {_LARGEST_UNROLLED} x {_LARGEST_UNROLLED}')
+        return Choice(way, _TOO_LARGE)
     if padding != 'full':
         return Choice('fused', 'windows dropped at the border cannot be merged')
     density = 1. if mask is None else float(mask.float().mean())
-    limit = fused_limit(x.shape[2] * x.shape[3], backward)
+    limit, otherwise = limits(x.shape[2] * x.shape[3], backward)
     if density <= limit:
         return Choice('fused', f'{density:.0%} of the groups are kept; up to {limit:.0%} it is faster on such maps')
-    return Choice('merged', f'{density:.0%} of the groups are kept; beyond {limit:.0%} it is faster on such maps')
+    return Choice(otherwise, f'{density:.0%} of the groups are kept; beyond {limit:.0%} it is faster on such maps')
 
 
-# Medians in ms of the fused | the merged way by share of kept groups; N = 5, R = 4, float32, batch 4, two Zen 5 cores.
+# Medians in ms by share of kept groups; N = 5, R = 4, float32, batch 4, two Zen 5 cores, with an allocator that keeps
+# what is freed. The fused way is as dear as its share; the others are not, and the large one has no forward of its own.
 #
-#        map, channels   forward: 1.0       0.3        0.1       backward: 1.0         0.6        0.3       0.1
-#        56 x 56,  74    19.4 | 7.9  6.4 | 5.1  3.1 | 5.1      24.2 | 27.0 15.4 | 19.7 10.9 | 19.5 6.6 | 20.1
-#        28 x 28, 148     7.5 | 1.9  3.2 | 1.9  2.1 | 2.0      17.0 | 10.0  9.1 |  9.4  5.7 | 11.9 4.0 |  8.9
-#        14 x 14, 296     5.8 | 0.9  2.6 | 0.9  1.5 | 0.9      15.6 |  4.3 14.4 |  4.3  4.9 |  4.5 3.0 |  4.4
-#         7 x  7, 592     2.3 | 0.5  1.3 | 0.5  0.8 | 0.5       3.4 |  3.1  2.7 |  2.9  2.0 |  3.0 1.5 |  3.0
+#                              forward: fused                 merged  backward: fused               merged  large
+#        map, channels         1.0   0.7   0.5   0.3   0.1             1.0   0.7   0.5   0.3   0.1
+# 16     56 x 56,  74         10.8   8.2   6.8   5.0   3.1     5.7    17.0  13.4  11.1   8.3   6.3   19.2   15.1
+# lanes  28 x 28, 148          5.8   4.6   3.7   2.9   1.9     2.4     9.9   7.9   6.6   5.4   4.0    9.8    6.7
+#        14 x 14, 296          5.4   4.4   3.6   2.8   1.8     1.4     9.7   7.7   6.4   4.9   3.5    5.9    3.9
+#         7 x  7, 592          2.6   2.2   1.9   1.5   1.1     0.7     3.3   2.8   2.4   2.2   1.8    3.4    3.0
+# 8      56 x 56,  74         14.1  11.2   8.4   5.9   3.2     5.7    24.5  18.4  14.3  10.4   6.3   19.4   27.5
+# lanes  28 x 28, 148          8.0   5.7   4.5   3.3   1.9     2.6    12.8   9.7   7.7   5.8   3.8    8.6   10.9
+#        14 x 14, 296          5.6   4.5   3.7   2.7   1.6     1.1    10.2   7.8   6.2   4.6   3.0    4.4    4.5
+#         7 x  7, 592          3.9   2.9   2.3   1.5   1.0     0.8     3.5   2.8   2.4   2.0   1.6    3.1    3.1
 #
-# Rows: pixels of a map from which they hold, and the share up to which the fused way was the faster one.
-_FORWARD_LIMITS = ((2000, 0.2), (0, 0.))
-_BACKWARD_LIMITS = ((2000, 1.), (500, 0.6), (100, 0.25), (0, 0.7))
+# By lanes and direction, rows of: pixels of a map from which they hold, and the share up to which the fused way was the
+# fastest; and which way is taken beyond it.
+_LIMITS = {
+    (16, False): (((2000, 0.35), (500, 0.2), (0, 0.)), 'merged'),
+    (16, True): (((2000, 0.95), (500, 0.6), (100, 0.25), (0, 0.8)), 'large'),
+    (8, False): (((2000, 0.2), (500, 0.15), (0, 0.)), 'merged'),
+    (8, True): (((2000, 0.7), (500, 0.55), (100, 0.25), (0, 0.8)), 'merged'),
+}
 _LARGEST_UNROLLED = 7
 """Kernel size up to which the fused way, which is unrolled over the kernel, compiles in reasonable time."""
+_TOO_LARGE = f'the fused kernel is made for kernels up to {_LARGEST_UNROLLED} x {_LARGEST_UNROLLED}'
 
 
-def fused_limit(pixels: int, backward: bool) -> float:
-    """Share of kept groups up to which the fused way is the faster one on maps of that many pixels."""
-    limits = _BACKWARD_LIMITS if backward else _FORWARD_LIMITS
-    return next(limit for least, limit in limits if pixels >= least)
+def limits(pixels: int, backward: bool) -> tuple[float, str]:
+    """Share of kept groups up to which the fused way is the fastest on maps of that many pixels, and the way beyond."""
+    from timm_shiftwise.ops.taichi_lanes import LANES
+
+    rows, otherwise = _LIMITS[LANES, backward]
+    return next(limit for least, limit in rows if pixels >= least), otherwise
 
 
-def _check_asked(asked: str, x: Tensor, padding: str) -> None:
+# The same for the whole operator at inference, 56 x 56 and 96 channels with ghosts, in ms: fused 11.2 (all groups
+# kept), 8.0 (0.6), 5.4 (0.3), 3.6 (0.1) with 16 lanes, 14.3, 9.8, 6.2, 3.7 with 8; a tall and a wide convolution 4.9 to
+# 5.3. On smaller maps these are the faster ones down to 0.1.
+_INFERENCE_LIMITS = {16: ((2000, 0.25), (0, 0.)), 8: ((2000, 0.18), (0, 0.))}
+
+
+def choose_inference_way(
+        x: Tensor,
+        kernel_size: int,
+        density: float,
+        padding: str,
+        backend: str | None = None,
+) -> Choice:
+    """Choose how to compute the operator in its form for inference.
+
+    Args:
+        x: Input [B, dim, H, W].
+        kernel_size: N in pixels.
+        density: Share of the small kernels that are kept.
+        padding: ``'full'`` or ``'same'``.
+        backend: Backend asked for.
+
+    Returns:
+        ``'fused'``: all in one Taichi kernel; ``'merged'``: a tall and a wide convolution; or ``'shift'``: the branches
+        of :func:`choose_way`, each times its factor. And the reason.
+
+    Raises:
+        ValueError: If the environment variable ``TIMM_SHIFTWISE_WAY`` names no way, or one that does not fit.
+        RuntimeError: If the backend asked for cannot run.
+    """
+    otherwise = 'merged' if padding == 'full' else 'shift'
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    if asked:
+        _check_asked(asked, x, padding, kernel_size)
+        return Choice('fused' if asked == 'fused' else otherwise, f'{ENVIRONMENT_VARIABLE} asks for it')
+    if x.device.type != 'cpu':
+        return Choice(otherwise, f'the fused kernel is made for CPUs, and nothing was measured on {x.device.type}')
+    if kernel_size > _LARGEST_UNROLLED:
+        return Choice(otherwise, _TOO_LARGE)
+    if choose_backend(backend, x.device) == 'torch':
+        return Choice(otherwise, f'PyTorch is used ({explain_backend(backend, x.device).reason})')
+    if padding != 'full':
+        return Choice('fused', 'windows dropped at the border cannot be merged')
+    from timm_shiftwise.ops.taichi_lanes import LANES
+
+    limit = next(limit for least, limit in _INFERENCE_LIMITS[LANES] if x.shape[2] * x.shape[3] >= least)
+    reason = f'{density:.0%} of the groups are kept; up to {limit:.0%} the fused kernel is faster on such maps'
+    return Choice('fused' if density <= limit else otherwise, reason)
+
+
+def _check_asked(asked: str, x: Tensor, padding: str, kernel_size: int) -> None:
     if asked not in WAYS:
         raise ValueError(f'{ENVIRONMENT_VARIABLE} must be one of {WAYS}, got {asked!r}.')
-    if asked == 'merged' and padding != 'full':
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}='merged' needs padding 'full', got {padding!r}.")
-    if asked == 'fused' and x.device.type != 'cpu':
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}='fused' needs tensors on the CPU, got {x.device}.")
+    if asked in ('merged', 'large') and padding != 'full':
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={asked!r} needs padding 'full', got {padding!r}.")
+    if asked in _IN_TAICHI and x.device.type != 'cpu':
+        raise ValueError(f'{ENVIRONMENT_VARIABLE}={asked!r} needs tensors on the CPU, got {x.device}.')
+    if asked == 'large' and kernel_size > _LARGEST_UNROLLED:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}='large' needs kernels of up to {_LARGEST_UNROLLED} x {_LARGEST_UNROLLED}, got "
+            f'{kernel_size} x {kernel_size}.')

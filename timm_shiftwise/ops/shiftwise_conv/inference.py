@@ -1,0 +1,103 @@
+"""The shift-wise operator at inference: branches, BatchNorms, skip and ghosts in one call.
+
+Source: Shift-ConvNets (arXiv 2401.12736), Section 3 (re-parameterisation).
+"""
+import torch
+from torch import Tensor
+
+from timm_shiftwise.ops.tracing import graph_leaves_python
+
+from .frontend import shiftwise_conv2d
+from .merged import large_kernel_conv2d
+from .ways import choose_inference_way
+
+
+def inference_conv2d(
+        x: Tensor,
+        kept: Tensor,
+        ghost: Tensor,
+        tall: Tensor,
+        wide: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        factors: Tensor,
+        focus_length: int,
+        padding: str,
+        skip: bool,
+        density: float,
+        backend: str | None = None,
+) -> Tensor:
+    """Run the operator in its form for inference.
+
+    Where few groups are kept, and where windows dropped at the border cannot be merged, one Taichi kernel does it all;
+    elsewhere, in graphs and where a gradient of the input is wanted it is a tall and a wide convolution, or, for
+    windows dropped, the three branches.
+
+    Args:
+        x: Input [B, dim, H, W].
+        kept: Channels that are worked on, [C].
+        ghost: Channels that pass through, [dim - C].
+        tall: The tall kernel that all amounts to with ``padding='full'``, [C, rows, columns].
+        wide: The wide one, [C, rows, columns].
+        weight: Small kernels [C, K, N, N], pruned ones zero.
+        horizontal: Kernel index at every place of the wide branch; integer [R, C, G].
+        vertical: The same for the tall branch; integer [R, C, G].
+        identity: Kernel index of the centre branch; integer [R, C].
+        factors: What the horizontal, the vertical and the identity branch are multiplied by, and a bias; [4, C].
+        focus_length: M in pixels.
+        padding: ``'full'`` or ``'same'``.
+        skip: Whether the input itself is added.
+        density: Share of the small kernels that are not zero.
+        backend: ``'auto'``, ``'taichi'``, ``'torch'`` or None, see :func:`timm_shiftwise.ops.shift_add`.
+
+    Returns:
+        The channels worked on, then the ghosts: [B, dim, H, W].
+    """
+    if not torch.jit.is_scripting():
+        plain = graph_leaves_python() or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+        if not plain and choose_inference_way(x, weight.shape[2], density, padding, backend).way == 'fused':
+            return torch.ops.timm_shiftwise.folded_conv2d(
+                x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip)
+    has_ghosts = ghost.shape[0] > 0
+    if has_ghosts:
+        x = x.contiguous()  # or each of the two selections makes a copy of its own
+    worked = x.index_select(1, kept) if has_ghosts else x
+    if padding == 'full':
+        out = large_kernel_conv2d(worked, tall, wide, factors[3])
+    else:
+        h, v, i = shiftwise_conv2d(
+            worked, weight, horizontal, vertical, identity, focus_length, padding, None, backend)
+        # under autocast the factors are of a higher precision than the branches
+        scale_h, scale_v, scale_i, bias = factors.to(h.dtype)[:, :, None, None].unbind(0)
+        out = h * scale_h + v * scale_v + i * scale_i + bias
+        if skip:
+            out = out + worked
+    if has_ghosts:
+        out = torch.cat([out, x.index_select(1, ghost)], dim=1)
+    return out
+
+
+@torch.library.custom_op('timm_shiftwise::folded_conv2d', mutates_args=())
+def _folded_conv2d(
+        x: Tensor,
+        kept: Tensor,
+        ghost: Tensor,
+        weight: Tensor,
+        horizontal: Tensor,
+        vertical: Tensor,
+        identity: Tensor,
+        factors: Tensor,
+        focus_length: int,
+        padding: str,
+        skip: bool,
+) -> Tensor:
+    from .taichi_impl import folded_conv2d_taichi
+    return folded_conv2d_taichi(
+        x, weight, horizontal, vertical, identity, focus_length, padding, factors, skip, kept, ghost)
+
+
+@_folded_conv2d.register_fake
+def _(x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip):
+    return x.new_empty(x.shape)
