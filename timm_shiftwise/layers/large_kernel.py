@@ -12,8 +12,8 @@ from timm_shiftwise.ops import in_autocast_dtype
 from .merged import MergedLargeKernelConv2d, fold_batch_norm, merge_large_kernels
 
 
-@register_notrace_function  # what is inside chooses by dtype and device
-def _in_safe_layout(x: Tensor) -> Tensor:
+@register_notrace_function  # what is inside chooses by dtype and device; a name with an underscore would be traced
+def in_safe_layout(x: Tensor) -> Tensor:
     """The input of a wide convolution; oneDNN never returns from some in bfloat16 whose maps are channels last."""
     if x.dtype == torch.bfloat16 and x.device.type == 'cpu':
         return x.contiguous()
@@ -56,7 +56,7 @@ class LargeKernelConv2d(nn.Module):
         x = in_autocast_dtype(x)  # once, not once for each convolution
         height, width = x.shape[2], x.shape[3]
         # an even side makes one row or column more than the image has; of an odd one nothing is cut
-        h = self.conv_h(_in_safe_layout(x))[:, :, :height, :width]
+        h = self.conv_h(in_safe_layout(x))[:, :, :height, :width]
         v = self.conv_v(x)[:, :, :height, :width]
         i = self.conv_i(x)[:, :, :height, :width]
         return self.norm_h(h) + self.norm_v(v) + self.norm_i(i)
