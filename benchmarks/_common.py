@@ -1,6 +1,7 @@
 """What the benchmarks share: checks, timing that is fair on a busy machine, memory, and tables, CSV files and plots."""
 import argparse
 import csv
+import ctypes
 import gc
 import os
 import platform
@@ -61,13 +62,31 @@ def parser(description: str | None, name: str, seconds: float = 4.) -> argparse.
     options.add_argument('--batch', type=int, default=4, help='images a batch')
     options.add_argument('--seconds', type=float, default=seconds, help='time for each thing that is measured')
     options.add_argument('--quick', action='store_true', help='one run of each, to see that the benchmark works')
+    options.add_argument(
+        '--allocator', choices=('keep', 'default'), default='keep',
+        help="'keep' has glibc keep the memory that is freed, or fresh pages take much of the time; 'default' does not")
     options.add_argument('--output', type=Path, default=RESULTS / name, help='where to write: .csv and .png are added')
     return options
 
 
+def _keep_freed_memory() -> bool:
+    """Have glibc hold what is freed rather than return it to the system; false where there is no glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    return all(mallopt(name, value) == 1 for name, value in settings)
+
+
 def start(options: argparse.Namespace) -> torch.device:
-    """Set the threads and give the device that the options ask for; nothing but :func:`forced` may force a way."""
+    """Set the threads and the allocator and give the device that the options ask for.
+
+    Nothing but :func:`forced` may force a way to compute the operator.
+    """
     torch.set_num_threads(options.threads)
+    if options.allocator == 'keep' and not _keep_freed_memory():
+        options.allocator = 'default'
     for name in _FORCING:
         os.environ.pop(name, None)
     options.least = 1 if options.quick else 3

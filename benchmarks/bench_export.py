@@ -220,7 +220,7 @@ def report(rows: list[dict], args: Any, device: torch.device) -> None:
         axis.bar(range(len(found)), [row['median_ms'] for row in found], color=COLOURS[:len(found)])
         axis.set_xticks(range(len(found)), [row['form'] for row in found], rotation=60, ha='right')
         axis.set_title(model, fontsize=9)
-    settings = {'dtype': 'float32, int8 where the form says so', 'seconds': args.seconds}
+    settings = {'dtype': 'float32, int8 where the form says so', 'seconds': args.seconds, 'allocator': args.allocator}
     written = (
         report_targets(targets(rows), args.output, device, **settings),
         write_csv(args.output, rows, device, **settings),

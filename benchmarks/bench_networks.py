@@ -245,6 +245,7 @@ def report(rows: list[dict], args: Any, device: torch.device) -> None:
         axis.set_xlabel('ms')
     settings = {
         'batch_of_training': args.batch, 'size': args.size, 'dtype': 'float32', 'seconds': args.seconds,
+        'allocator': args.allocator,
     }
     written = (
         report_targets(targets(rows), args.output, device, **settings),

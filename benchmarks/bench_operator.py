@@ -385,7 +385,7 @@ def main() -> None:
             table(results, kernel_size, phase)
     settings = {
         'batch': args.batch, 'shuffles': SHUFFLES, 'ghost_ratio': GHOST_RATIO, 'dtype': 'float32',
-        'seconds': args.seconds,
+        'seconds': args.seconds, 'allocator': args.allocator,
     }
     written = (
         report_targets(targets(results), args.output, device, **settings),

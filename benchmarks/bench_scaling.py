@@ -131,7 +131,7 @@ def report(rows: list[dict], args: Any, device: torch.device) -> None:
         title='above the lines: their slopes')
     settings = {
         'channels': CHANNELS, 'kernel_size': KERNEL_SIZE, 'shuffles': SHUFFLES, 'batch': args.batch, 'dtype': 'float32',
-        'seconds': args.seconds,
+        'seconds': args.seconds, 'allocator': args.allocator,
     }
     console.print(f'wrote {write_csv(args.output, rows, device, **settings)} and {save(figure, args.output)}')
 

@@ -223,7 +223,10 @@ def report(rows: list[dict], args, device: torch.device) -> None:
             axis.set_yscale('log')
             axis.set_xticks(range(len(found)), [row['way'] for row in found], rotation=60, ha='right')
             axis.set_title(f'stage {stage}, {phase}', fontsize=9)
-    settings = {'batch': args.batch, 'shuffles': args.shuffles, 'kernel_size': KERNEL_SIZE, 'dtype': 'float32'}
+    settings = {
+        'batch': args.batch, 'shuffles': args.shuffles, 'kernel_size': KERNEL_SIZE, 'dtype': 'float32',
+        'allocator': args.allocator,
+    }
     console.print(f'wrote {write_csv(args.output, rows, device, **settings)} and {save(figure, args.output)}')
 
 
