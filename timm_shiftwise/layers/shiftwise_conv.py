@@ -8,15 +8,23 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry, small_padding
-from timm_shiftwise.ops import in_autocast_dtype, inference_conv2d, shiftwise_conv2d
+from timm_shiftwise.ops import (
+    contiguous_gradient,
+    in_autocast_dtype,
+    inference_conv2d,
+    shiftwise_conv2d,
+    split_channels,
+)
 
 from .merged import MergedShiftwiseConv2d, fold_batch_norm, refuse_other_geometry
 from .wiring import separate_wiring, shuffled_wiring, split_ghost
 
 # fx sees one node; what is inside chooses by device, backend and autocast
+register_notrace_function(contiguous_gradient)
 register_notrace_function(in_autocast_dtype)
 register_notrace_function(shiftwise_conv2d)
 register_notrace_function(inference_conv2d)
+register_notrace_function(split_channels)
 
 OPERATORS = ('sw', 'p_sw', 'eq_slak')
 
@@ -139,9 +147,9 @@ class ShiftwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         x = in_autocast_dtype(x)  # or the skip and the ghosts would make the output float32
+        worked, ghosts = x, x
         if self.num_ghost > 0:
-            x = x.contiguous()  # or each of the two selections makes a copy of its own
-        worked = x.index_select(1, self.kept) if self.num_ghost > 0 else x
+            worked, ghosts = split_channels(x, self.kept, self.ghost)
         h, v, i = shiftwise_conv2d(
             worked,
             self.weight.sum(0),  # the paths amount to one: [C, K, N, N]
@@ -156,8 +164,9 @@ class ShiftwiseConv2d(nn.Module):
         out = self.norm_h(h) + self.norm_v(v) + self.norm_i(i)
         if self.inner_skip:
             out = out + worked
+        out = contiguous_gradient(out)
         if self.num_ghost > 0:
-            out = torch.cat([out, x.index_select(1, self.ghost)], dim=1)
+            out = torch.cat([out, ghosts], dim=1)
         return out
 
     @torch.jit.ignore
