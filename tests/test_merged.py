@@ -71,6 +71,34 @@ def test_a_merged_operator_in_one_kernel_gives_the_same(
     assert relative_error(seen.double(), wanted) < tolerance
 
 
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('focus_length, kernel_size, height, width', [
+    (51, 5, 19, 19), (51, 5, 8, 19), (7, 3, 1, 1), (4, 2, 5, 5), (6, 4, 11, 11), (3, 5, 17, 2)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize('operator, ghost_ratio', [('sw', 0.3), ('p_sw', 0.), ('eq_slak', 0.3)])
+@pytest.mark.usefixtures('poisoned_memory')
+def test_a_merged_operator_in_two_convolutions_gives_the_same_in_the_layout_of_its_input(
+        operator, ghost_ratio, dtype, tolerance, focus_length, kernel_size, height, width, memory_format, threads,
+        monkeypatch):
+    torch.manual_seed(0)
+    layer = randomise(ShiftwiseConv2d(
+        9, focus_length, kernel_size, operator=operator, ghost_ratio=ghost_ratio, backend='torch',
+        dtype=torch.float64))
+    x = torch.randn(3, 9, height, width, dtype=torch.float64)
+    merged = layer.fuse().to(dtype)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'merged')
+    was = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            seen, wanted = merged(x.to(dtype, memory_format=memory_format)), layer(x)
+    finally:
+        torch.set_num_threads(was)
+    assert seen.dtype == dtype and seen.is_contiguous(memory_format=memory_format)
+    assert relative_error(seen.double(), wanted) < tolerance
+
+
 @pytest.mark.usefixtures('needs_taichi')
 def test_a_merged_operator_of_few_groups_takes_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
     layer = randomise(ShiftwiseConv2d(6, 51, 5, num_shuffles=2, ghost_ratio=0.3))

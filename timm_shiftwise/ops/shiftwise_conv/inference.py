@@ -8,7 +8,7 @@ from torch import Tensor
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .frontend import shiftwise_conv2d
-from .merged import large_kernel_conv2d
+from .merged import depthwise_conv2d, large_kernel_conv2d, large_kernel_conv2d_terms, within_reach
 from .ways import choose_inference_way
 
 
@@ -57,9 +57,13 @@ def inference_conv2d(
     """
     if not torch.jit.is_scripting():
         plain = graph_leaves_python() or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
-        if not plain and choose_inference_way(x, weight.shape[2], density, padding, backend).way == 'fused':
-            return torch.ops.timm_shiftwise.folded_conv2d(
-                x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip)
+        if not plain:
+            way = choose_inference_way(x, weight.shape[2], density, padding, backend).way
+            if way == 'fused':
+                return torch.ops.timm_shiftwise.folded_conv2d(
+                    x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip)
+            if way == 'merged':
+                return _merged(x, kept, ghost, tall, wide, factors[3])
     has_ghosts = ghost.shape[0] > 0
     if has_ghosts:
         x = x.contiguous()  # or each of the two selections makes a copy of its own
@@ -77,6 +81,29 @@ def inference_conv2d(
     if has_ghosts:
         out = torch.cat([out, x.index_select(1, ghost)], dim=1)
     return out
+
+
+def _merged(x: Tensor, kept: Tensor, ghost: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> Tensor:
+    """A tall and a wide convolution whose sum and ghosts go straight to their places, in the layout of the input."""
+    contiguous = x.contiguous()
+    worked = contiguous.index_select(1, kept) if len(ghost) > 0 else contiguous
+    height, width = x.shape[2], x.shape[3]
+    if x.device.type == 'cpu' and height == width and tall.shape == wide.mT.shape:
+        first, second = _both(worked, within_reach(tall, height, width), within_reach(wide, height, width), bias)
+    else:
+        first, second = large_kernel_conv2d_terms(worked, tall, wide, bias)
+    out = torch.empty_like(x, dtype=first.dtype)
+    torch.add(first, second, out=out[:, :len(kept)])
+    out[:, len(kept):] = contiguous.index_select(1, ghost)
+    return out
+
+
+def _both(x: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The two convolutions as one, of the map beside its transposed self: more channels are shared out more evenly."""
+    channels = len(tall)
+    pair = torch.cat([x, x.mT], dim=1)
+    out = depthwise_conv2d(pair, torch.cat([tall, wide.mT]), torch.cat([bias, torch.zeros_like(bias)]))
+    return out[:, :channels], out[:, channels:].mT
 
 
 @torch.library.custom_op('timm_shiftwise::folded_conv2d', mutates_args=())

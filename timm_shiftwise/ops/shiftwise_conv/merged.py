@@ -329,5 +329,10 @@ def large_kernel_conv2d(x: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> 
     else:
         if graph_leaves_python() or torch.compiler.is_compiling() or x.device.type != 'cpu':
             return depthwise_conv2d(x, tall, bias) + depthwise_conv2d(x, wide)
-        out = depthwise_conv2d(x, within_reach(tall, x.shape[2], x.shape[3]), bias)
-        return out.add_(large_depthwise_conv2d(x, wide))
+        first, second = large_kernel_conv2d_terms(x, tall, wide, bias)
+        return first.add_(second)
+
+
+def large_kernel_conv2d_terms(x: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The two convolutions whose sum is :func:`large_kernel_conv2d`, outside of graphs."""
+    return depthwise_conv2d(x, within_reach(tall, x.shape[2], x.shape[3]), bias), large_depthwise_conv2d(x, wide)
