@@ -97,12 +97,15 @@ def test_a_map_of_horizontal_vertical_and_identity_kernels_of_their_own():
     compare(x, weight, mask, tables, 13, 'full', torch.float64)
 
 
-def test_memory_layout_does_not_matter():
+@pytest.mark.parametrize('width, pack', [(11, 1), (18, 2), (12, 4), (24, 8)])
+def test_memory_layout_does_not_matter(width, pack):
     from timm_shiftwise.ops.shiftwise_conv.taichi_impl import fused_conv2d_taichi
-    x, weight, mask, tables = problem(2, 3, 4, 9, 11, 2, 20, 5, 1.0, torch.float32)
+    from timm_shiftwise.ops.taichi_lanes import pack_size
+    x, weight, mask, tables = problem(2, 3, 4, 9, width, 2, 20, 5, 1.0, torch.float32)
     want = fused_conv2d_taichi(x, weight, *tables, 20, 'full', mask)
-    unaligned = torch.zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
-    for variant in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, unaligned):
+    unaligned, by_two = (torch.zeros(x.numel() + n)[n:].view(x.shape).copy_(x) for n in (1, 2))
+    assert [pack_size(width, each) for each in (x, unaligned, by_two)] == [pack, 1, min(pack, 2)]
+    for variant in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, unaligned, by_two):
         for got, expected in zip(fused_conv2d_taichi(variant, weight, *tables, 20, 'full', mask), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 

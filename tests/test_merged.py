@@ -1,4 +1,7 @@
 """Operators and networks in their form for inference give what they gave before."""
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -45,7 +48,7 @@ def test_a_merged_operator_gives_the_same(operator, shuffles, padding, focus_len
 @pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('focus_length, kernel_size, height, width', [
-    (51, 5, 8, 19), (7, 3, 1, 1), (4, 2, 5, 33), (3, 5, 17, 2), (5, 1, 3, 16)])
+    (51, 5, 8, 19), (7, 3, 1, 1), (4, 2, 5, 33), (3, 5, 17, 2), (5, 1, 3, 16), (13, 5, 7, 24), (6, 4, 9, 36)])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize('padding', ['full', 'same'])
 @pytest.mark.parametrize('operator, ghost_ratio', [('sw', 0.3), ('p_sw', 0.)])
@@ -97,6 +100,16 @@ def test_a_merged_operator_in_two_convolutions_gives_the_same_in_the_layout_of_i
         torch.set_num_threads(was)
     assert seen.dtype == dtype and seen.is_contiguous(memory_format=memory_format)
     assert relative_error(seen.double(), wanted) < tolerance
+
+
+@pytest.mark.usefixtures('needs_taichi')
+def test_a_way_asked_for_starts_taichi_by_itself():
+    code = (
+        'import os, torch; from timm_shiftwise.layers import ShiftwiseConv2d\n'
+        'layer = ShiftwiseConv2d(4, 7, 3).eval().fuse(); os.environ["TIMM_SHIFTWISE_WAY"] = "fused"\n'
+        'with torch.no_grad(): print(layer(torch.zeros(1, 4, 5, 8)).shape)\n')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert 'torch.Size([1, 4, 5, 8])' in done.stdout, done.stderr
 
 
 @pytest.mark.usefixtures('needs_taichi')

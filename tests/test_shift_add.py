@@ -93,7 +93,7 @@ def cut(kernel, kernel_size):
 @pytest.mark.parametrize('focus_length, kernel_size, height, width', [
     (51, 5, 9, 11), (13, 5, 14, 14), (13, 5, 1, 1), (13, 5, 1, 8), (7, 3, 13, 7), (9, 3, 5, 6), (8, 4, 6, 7), (10, 4,
     9, 5), (9, 4, 7, 7), (6, 2, 4, 9), (5, 2, 2, 3), (5, 1, 3, 4), (3, 5, 6, 4), (2, 4, 5, 5), (1, 3, 4, 4), (5, 5, 6,
-    7), (1, 1, 2, 2),
+    7), (1, 1, 2, 2), (13, 5, 3, 40), (9, 3, 2, 20),
 ])
 def test_small_convolutions_and_shifts_equal_the_large_kernels(focus_length, kernel_size, height, width, backend):
     """The paper's Eq. 1-3, each branch with kernels of its own: K = 2G + 1 maps a channel."""

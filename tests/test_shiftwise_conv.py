@@ -68,6 +68,8 @@ def forced(monkeypatch, request):
     (1, 1, 1, 3, 2),
     (3, 3, 1, 23, 31),  # far larger than the kernel
     (9, 4, 0, 2, 17),
+    (7, 5, 2, 3, 24),  # rows are whole packs of eight
+    (9, 3, 2, 2, 20),  # of four
 ])
 @pytest.mark.parametrize('density', [1., 0.3, 0.])
 def test_forward_and_gradients_equal_the_definition(

@@ -17,6 +17,8 @@ ti = import_taichi()
 
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
 """Numbers of float32 in a vector: as many as the registers of this processor hold, and no fewer than eight."""
+PACKS = (8, 4, 2)
+"""How many numbers of a row of a tensor may be read and written at once, the most that fits first."""
 MAX_ELEMENTS = 2 ** 31 - 1  # of an array that Taichi can index
 
 
@@ -34,6 +36,28 @@ def flat(tensor: Tensor) -> Tensor:
     """A tensor as a kernel takes it: one-dimensional, bfloat16 as bits, detached (else Taichi makes a .grad for it)."""
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).view(-1)
+
+
+def pack_size(width: int, *tensors: Tensor) -> int:
+    """Numbers of contiguous tensors with rows of ``width`` that can be read and written at once, else 1.
+
+    A row is whole packs of them, and each is aligned.
+    """
+    return next((
+        pack for pack in PACKS if width % pack == 0 and all(
+            tensor.dtype in (torch.float64, torch.float32) and tensor.data_ptr() % (pack * tensor.element_size()) == 0
+            for tensor in tensors)), 1)
+
+
+def packed(tensor: Tensor, pack: int) -> Tensor:
+    """A tensor as a kernel takes it: as :func:`flat` has it, or in packs [elements / pack, pack]."""
+    array = flat(tensor)
+    return array.view(len(array) // pack, pack) if pack > 1 else array
+
+
+def packed_type(real: Any, pack: int) -> Any:
+    """The type of an argument that :func:`packed` makes, for a kernel that sums in ``real``."""
+    return ti.types.ndarray(dtype=ti.types.vector(pack, real), ndim=1) if pack > 1 else ti.types.ndarray(ndim=1)
 
 
 def scratch(vectors: int, dtype: torch.dtype) -> Tensor:
@@ -109,13 +133,40 @@ def lane_sum(value, real: ti.template()):
 @ti.func
 def load_row(
         target: ti.template(), at, lane: ti.template(), source: ti.template(), start, count,
-        kind: ti.template(), real: ti.template(), vector: ti.template(),
+        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template(),
 ):
-    """Copy ``count`` elements of a flat array into a row of scratch that holds zeros, from vector ``at``, lane
-    ``lane`` on.
+    """Copy ``count`` elements of an array (see :func:`packed`), from the element ``start`` on, into a row of scratch
+    that holds zeros, from vector ``at``, lane ``lane`` on.
 
     Every vector that is touched is written whole, zeros outside of the row.
     """
+    if ti.static(pack > 1):
+        _load_packs(target, at, lane, source, start // pack, count // pack, pack, real, vector)
+    else:
+        _load_numbers(target, at, lane, source, start, count, kind, real, vector)
+
+
+@ti.func
+def _load_packs(
+        target: ti.template(), at, lane: ti.template(), source: ti.template(), start, packs, pack: ti.template(),
+        real: ti.template(), vector: ti.template(),
+):
+    moved = ti.static(-lane % pack)  # lanes of the first pack that the vector before holds
+    used = ti.static(-(-(moved + LANES) // pack))
+    for v in range((lane + packs * pack + LANES - 1) // LANES):
+        first = v * (LANES // pack) + ti.static(-lane // pack)
+        found = ti.static(zeros(used, ti.types.vector(pack, real)))
+        for k in ti.static(range(used)):
+            if first + k >= 0 and first + k < packs:
+                found[k] = source[start + first + k]
+        target[at + v] = vector([found[(moved + n) // pack][(moved + n) % pack] for n in range(LANES)])
+
+
+@ti.func
+def _load_numbers(
+        target: ti.template(), at, lane: ti.template(), source: ti.template(), start, count,
+        kind: ti.template(), real: ti.template(), vector: ti.template(),
+):
     head = ti.static((LANES - lane) % LANES)
     if ti.static(head > 0):
         value = vector(0)
@@ -138,17 +189,33 @@ def load_row(
 
 
 @ti.func
-def store_row(target: ti.template(), start, count, source: ti.template(), at, kind: ti.template()):
-    """Copy ``count`` elements of a row of scratch, which begins with vector ``at``, to a flat array."""
-    whole = count // LANES
-    for v in range(whole):
-        value = source[at + v]
-        b = start + v * LANES
-        for n in ti.static(range(LANES)):
-            store(target, b + n, value[n], kind)
-    if whole * LANES < count:
-        value = source[at + whole]
-        b = start + whole * LANES
-        for n in ti.static(range(LANES)):
-            if whole * LANES + n < count:
-                store(target, b + n, value[n], kind)
+def store_vector(
+        target: ti.template(), start, count, v, value, pack: ti.template(), kind: ti.template(), real: ti.template(),
+):
+    """Write vector ``v`` of a row of ``count`` elements to an array (see :func:`packed`) in which the row begins at the
+    element ``start``; what is beyond the row is left out.
+    """
+    begin = v * LANES
+    if ti.static(pack > 1):
+        for k in ti.static(range(LANES // pack)):
+            if begin + k * pack < count:
+                target[start // pack + begin // pack + k] = ti.Vector(
+                    [value[k * pack + n] for n in range(pack)], dt=real)
+    else:
+        if begin + LANES <= count:
+            for n in ti.static(range(LANES)):
+                store(target, start + begin + n, value[n], kind)
+        else:
+            for n in ti.static(range(LANES)):
+                if begin + n < count:
+                    store(target, start + begin + n, value[n], kind)
+
+
+@ti.func
+def store_row(
+        target: ti.template(), start, count, source: ti.template(), at, pack: ti.template(), kind: ti.template(),
+        real: ti.template(),
+):
+    """Copy ``count`` elements of a row of scratch, from vector ``at`` on, to an array (see :func:`packed`)."""
+    for v in range((count + LANES - 1) // LANES):
+        store_vector(target, start, count, v, source[at + v], pack, kind, real)

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from timm_shiftwise.geometry import crop, image_size, map_size, shift
-from timm_shiftwise.ops.taichi_lanes import LANES, MAX_ELEMENTS, flat, kinds, most_vectors, num_tasks, scratch
+from timm_shiftwise.ops.taichi_lanes import (
+    LANES,
+    MAX_ELEMENTS,
+    flat,
+    kinds,
+    most_vectors,
+    num_tasks,
+    pack_size,
+    packed,
+    scratch,
+)
 from timm_shiftwise.ops.taichi_runtime import launching, num_threads
 
 from .taichi_gather import backward_gather, forward_gather
@@ -65,24 +75,24 @@ def shift_add_taichi(
     kind, real = kinds(y.dtype)
     e = crop(kernel_size, padding)
     for part in _parts(batch, rows * map_height * map_width):
-        arrays = flat(y[part]), *tables
-        branches = [flat(out[part]) for out in (out_h, out_v, out_i)]
+        branches = [out[part] for out in (out_h, out_v, out_i)]
         planes = (part.stop - part.start) * channels
         sizes = (
             channels, rows // channels, height, width, map_height, map_width, shuffles, groups,
             shift(0, focus_length, kernel_size, padding), kernel_size, e)
         with launching(y.device):
             if not _in_rows(y.device):
-                forward_gather(*arrays, *branches, planes, *sizes, kind, real)
+                forward_gather(flat(y[part]), *tables, *map(flat, branches), planes, *sizes, kind, real)
                 continue
+            pack = pack_size(width, *branches)
             layout = forward_layout(
                 rows // channels, map_height, map_width, width, focus_length, kernel_size, padding, most_vectors())
             tasks = num_tasks(planes)
             entries = torch.empty(channels * (layout.places.shape[0] + groups + 1) * shuffles, dtype=torch.int32)
-            forward_kernel(real)(
-                *arrays, layout.places, layout.classes, entries, scratch(tasks * layout.size, y.dtype), *branches,
-                planes, *sizes, layout.left, layout.row, layout.vectors, layout.size, tasks, layout.tile, layout.left %
-                LANES, num_threads(), kind)
+            forward_kernel(real, pack)(
+                flat(y[part]), *tables, layout.places, layout.classes, entries, scratch(tasks * layout.size, y.dtype),
+                *(packed(branch, pack) for branch in branches), planes, *sizes, layout.left, layout.row, layout.vectors,
+                layout.size, tasks, layout.tile, layout.left % LANES, num_threads(), kind)
     return out_h, out_v, out_i
 
 
@@ -123,20 +133,21 @@ def shift_add_backward_taichi(
     kind, real = kinds(grad_h.dtype)
     e = crop(kernel_size, padding)
     for part in _parts(batch, channels * maps * map_height * map_width):
-        arrays = [flat(grad[part]) for grad in (grad_h, grad_v, grad_i)]
+        grads = [grad[part].contiguous() for grad in (grad_h, grad_v, grad_i)]
         planes = (part.stop - part.start) * channels
         sizes = (
             channels, maps, height, width, map_height, map_width, shuffles, groups,
             shift(0, focus_length, kernel_size, padding), kernel_size, e)
         with launching(grad_h.device):
             if not _in_rows(grad_h.device):
-                backward_gather(*arrays, *tables, flat(grad_y[part]), planes, *sizes, kind, real)
+                backward_gather(*map(flat, grads), *tables, flat(grad_y[part]), planes, *sizes, kind, real)
                 continue
+            pack = pack_size(width, *grads)
             layout = backward_layout(height, width, map_width, focus_length, kernel_size, padding, most_vectors())
             tasks = num_tasks(planes)
             entries = torch.empty(channels * list_length(maps, groups, shuffles), dtype=torch.int32)
-            backward_kernel(real)(
-                *arrays, *tables, layout.places, layout.used, entries, scratch(tasks * layout.size, grad_h.dtype),
-                flat(grad_y[part]), planes, *sizes, layout.left, layout.row, layout.narrow, layout.vectors, layout.size,
-                tasks, layout.tile, e % LANES, num_threads(), kind)
+            backward_kernel(real, pack)(
+                *(packed(grad, pack) for grad in grads), *tables, layout.places, layout.used, entries,
+                scratch(tasks * layout.size, grad_h.dtype), flat(grad_y[part]), planes, *sizes, layout.left, layout.row,
+                layout.narrow, layout.vectors, layout.size, tasks, layout.tile, e % LANES, num_threads(), kind)
     return grad_y

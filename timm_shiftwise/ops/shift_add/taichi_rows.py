@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from timm_shiftwise.geometry import crop, num_groups, shift
-from timm_shiftwise.ops.taichi_lanes import LANES, joined, load_row, store_row, tile, zeros
+from timm_shiftwise.ops.taichi_lanes import LANES, joined, load_row, packed_type, store_row, tile, zeros
 from timm_shiftwise.ops.taichi_runtime import import_taichi
 
 ti = import_taichi()
@@ -136,9 +136,9 @@ def backward_layout(
 
 
 @cache
-def forward_kernel(real: Any) -> Any:
-    """The forward kernel that sums in a type of Taichi's."""
-    vector = ti.types.vector(LANES, real)
+def forward_kernel(real: Any, pack: int) -> Any:
+    """The forward kernel that sums in a type of Taichi's; the branches come in packs."""
+    vector, array = ti.types.vector(LANES, real), packed_type(real, pack)
 
     @ti.kernel
     def shift_add_rows(
@@ -150,9 +150,9 @@ def forward_kernel(real: Any) -> Any:
             classes: ti.types.ndarray(dtype=ti.i32, ndim=1),
             entries: ti.types.ndarray(dtype=ti.i32, ndim=1),
             memory: ti.types.ndarray(dtype=vector, ndim=1),
-            out_h: ti.types.ndarray(ndim=1),
-            out_v: ti.types.ndarray(ndim=1),
-            out_i: ti.types.ndarray(ndim=1),
+            out_h: array,
+            out_v: array,
+            out_i: array,
             planes: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, map_height: ti.i32,
             map_width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
             left: ti.i32, row: ti.i32, vectors: ti.i32, size: ti.i32, tasks: ti.i32,
@@ -193,7 +193,8 @@ def forward_kernel(real: Any) -> Any:
                 for line in range(maps * map_height):
                     at = base + ti.cast(line, ti.i64) * row + left // LANES
                     load_row(
-                        memory, at, lane, y, first + ti.cast(line, ti.i64) * map_width, map_width, kind, real, vector)
+                        memory, at, lane, y, first + ti.cast(line, ti.i64) * map_width, map_width, 1, kind, real,
+                        vector)
                 for i in range(height):
                     # rows of a map that the tall branch reads must exist: 0 <= i - shift < map_height
                     low = ti.max(0, (first_shift - i + kernel_size - 1) // kernel_size)
@@ -233,9 +234,9 @@ def forward_kernel(real: Any) -> Any:
                         for n in ti.static(range(count)):
                             memory[done + column + n] = total[n]
                         column += count
-                    store_row(out_h, start, width, memory, done, kind)
-                    store_row(out_v, start, width, memory, done + vectors, kind)
-                    store_row(out_i, start, width, memory, done + 2 * vectors, kind)
+                    store_row(out_h, start, width, memory, done, pack, kind, real)
+                    store_row(out_v, start, width, memory, done + vectors, pack, kind, real)
+                    store_row(out_i, start, width, memory, done + 2 * vectors, pack, kind, real)
 
     return shift_add_rows
 
@@ -279,15 +280,17 @@ def list_writes(
 @ti.func
 def load_gradients(
         memory: ti.template(), wide, tall, centre, grad_h: ti.template(), grad_v: ti.template(), grad_i: ti.template(),
-        source, height, width, left, row, narrow, e, used: ti.template(), crop_lane: ti.template(), kind: ti.template(),
-        real: ti.template(), vector: ti.template(),
+        source, height, width, left, row, narrow, e, used: ti.template(), crop_lane: ti.template(),
+        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template(),
 ):
     """Copy the gradients of a plane into scratch, that of the wide branch once for each misalignment that occurs."""
     for i in range(height):
         line = source + ti.cast(i, ti.i64) * width
-        load_row(memory, wide + i * row + left // LANES, 0, grad_h, line, width, kind, real, vector)
-        load_row(memory, tall + i * narrow + e // LANES, crop_lane, grad_v, line, width, kind, real, vector)
-        load_row(memory, centre + i * narrow + e // LANES, crop_lane, grad_i, line, width, kind, real, vector)
+        load_row(memory, wide + i * row + left // LANES, 0, grad_h, line, width, pack, kind, real, vector)
+        load_row(
+            memory, tall + i * narrow + e // LANES, crop_lane, grad_v, line, width, pack, kind, real, vector)
+        load_row(
+            memory, centre + i * narrow + e // LANES, crop_lane, grad_i, line, width, pack, kind, real, vector)
     for m in ti.static(range(1, LANES)):
         if used[m] > 0:
             copy = wide + m * height * row
@@ -328,15 +331,15 @@ def gather_row(
 
 
 @cache
-def backward_kernel(real: Any) -> Any:
-    """The backward kernel that sums in a type of Taichi's."""
-    vector = ti.types.vector(LANES, real)
+def backward_kernel(real: Any, pack: int) -> Any:
+    """The backward kernel that sums in a type of Taichi's; the branches' gradients come in packs."""
+    vector, array = ti.types.vector(LANES, real), packed_type(real, pack)
 
     @ti.kernel
     def shift_add_backward_rows(
-            grad_h: ti.types.ndarray(ndim=1),
-            grad_v: ti.types.ndarray(ndim=1),
-            grad_i: ti.types.ndarray(ndim=1),
+            grad_h: array,
+            grad_v: array,
+            grad_i: array,
             horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
             vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
             identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
@@ -372,13 +375,13 @@ def backward_kernel(real: Any) -> Any:
                 first = plane % channels * stride
                 load_gradients(
                     memory, wide, tall, centre, grad_h, grad_v, grad_i, ti.cast(plane, ti.i64) * height * width, height,
-                    width, left, row, narrow, e, used, crop_lane, kind, real, vector)
+                    width, left, row, narrow, e, used, crop_lane, pack, kind, real, vector)
                 for k in range(maps):
                     for p in range(map_height):
                         gather_row(
                             memory, done, wide, tall, centre, p, k, entries, first, maps, height, row, narrow, vectors,
                             reads, e, count, real, vector)
                         start = ((ti.cast(plane, ti.i64) * maps + k) * map_height + p) * map_width
-                        store_row(grad_y, start, map_width, memory, done, kind)
+                        store_row(grad_y, start, map_width, memory, done, 1, kind, real)
 
     return shift_add_backward_rows

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import shift
 from timm_shiftwise.ops.shift_add.taichi_rows import list_length as gradient_list_length
-from timm_shiftwise.ops.taichi_lanes import MAX_ELEMENTS, flat, kinds, most_vectors, num_tasks, scratch
+from timm_shiftwise.ops.taichi_lanes import (
+    MAX_ELEMENTS,
+    kinds,
+    most_vectors,
+    num_tasks,
+    pack_size,
+    packed,
+    scratch,
+)
 from timm_shiftwise.ops.taichi_runtime import launching, num_threads
 
 from .taichi_rows import backward_kernel, backward_layout, forward_kernel, forward_layout, list_length
@@ -125,14 +133,16 @@ def _forward(
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         planes = (part.stop - part.start) * channels
+        x_part, parts = x[part].contiguous(), [out[part] for out in outs]
+        pack = pack_size(width, x_part, *parts)
         with launching(x.device):
             layout = forward_layout(maps, height, width, focus_length, size, padding, most_vectors())
             tasks = num_tasks(planes)
             stride = list_length(maps, groups, shuffles)
-            forward_kernel(real)(
-                flat(x[part]), weights, *tables, layout.places, layout.classes, layout.inside, _integers(read), factors,
-                torch.empty(channels * stride, dtype=torch.int32), scratch(tasks * layout.size, x.dtype),
-                *(flat(out[part]) for out in outs), planes, channels, in_channels, outs[0].shape[1], maps, height,
+            forward_kernel(real, pack)(
+                packed(x_part, pack), weights, *tables, layout.places, layout.classes, layout.inside, _integers(read),
+                factors, torch.empty(channels * stride, dtype=torch.int32), scratch(tasks * layout.size, x.dtype),
+                *(packed(out, pack) for out in parts), planes, channels, in_channels, outs[0].shape[1], maps, height,
                 width, shuffles, groups, shift(0, focus_length, size, 'full'), layout.left, layout.row, layout.columns,
                 layout.wide, layout.source, layout.size, stride, tasks, size, layout.made, layout.tile,
                 padding == 'same', folded, skip, num_threads(), kind)
@@ -188,15 +198,18 @@ def fused_conv2d_backward_taichi(
     step = max(1, MAX_ELEMENTS // max(1, channels * height * width))
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
+        maps_read = [plane[part].to(x.dtype).contiguous() for plane in (grad_h, grad_v, grad_i, x)]
+        grad_part = grad_x[part] if need_x else grad_x
+        pack = pack_size(width, *maps_read, grad_part)
         with launching(x.device):
             layout = backward_layout(maps, height, width, focus_length, size, padding, most_vectors())
             inner = layout.gradients
             tasks = num_tasks(channels)
             lists = torch.empty(channels * gradient_list_length(maps, groups, shuffles), dtype=torch.int32)
-            backward_kernel(real)(
-                *(flat(grad[part].to(x.dtype)) for grad in (grad_h, grad_v, grad_i)), flat(x[part]), weights, *tables,
+            backward_kernel(real, pack)(
+                *(packed(plane, pack) for plane in maps_read), weights, *tables,
                 inner.places, inner.used, layout.inside, lists, scratch(tasks * layout.size, x.dtype),
-                flat(grad_x[part]) if need_x else flat(grad_x), part_weight.view(-1), part.stop - part.start, channels,
+                packed(grad_part, pack), part_weight.view(-1), part.stop - part.start, channels,
                 maps, height, width, shuffles, groups, shift(0, focus_length, size, 'full'), inner.left, inner.row,
                 inner.narrow, inner.vectors, inner.size, layout.wide, layout.source, layout.partial, layout.size, tasks,
                 size, inner.tile, padding == 'same', need_x, need_weight, num_threads(), kind)

@@ -49,7 +49,7 @@ def large_kernel_backward_taichi(
     step = max(1, MAX_ELEMENTS // max(1, channels * height * width))
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
-        parts = [torch.empty_like(grad) for grad in grads]
+        parts = grads if step >= batch else [torch.empty_like(grad) for grad in grads]
         with launching(x.device):
             turned_rows, rows = kernels[0].shape[1], kernels[1].shape[1]
             layout = large_layout(height, width, rows, turned_rows, n)
@@ -62,8 +62,9 @@ def large_kernel_backward_taichi(
                 part.stop - part.start, channels, height, width, rows, turned_rows, layout.columns,
                 layout.turned_columns, layout.size, tasks, n, layout.tile, layout.turned_tile, need_x, need_weight,
                 num_threads(), kind)
-        for total, share in zip(grads, parts, strict=True):
-            total += share
+        if parts is not grads:
+            for total, share in zip(grads, parts, strict=True):
+                total += share
     if not need_weight:
         return grad_x, None
     return (

@@ -17,7 +17,17 @@ from timm_shiftwise.geometry import map_size, num_groups, shift, small_padding
 from timm_shiftwise.ops.shift_add.taichi_rows import BackwardLayout as GradientLayout
 from timm_shiftwise.ops.shift_add.taichi_rows import backward_layout as gradient_layout
 from timm_shiftwise.ops.shift_add.taichi_rows import gather_row, list_writes, load_gradients
-from timm_shiftwise.ops.taichi_lanes import LANES, joined, lane_sum, load_row, store_row, tile, zeros
+from timm_shiftwise.ops.taichi_lanes import (
+    LANES,
+    joined,
+    lane_sum,
+    load_row,
+    packed_type,
+    store_row,
+    store_vector,
+    tile,
+    zeros,
+)
 from timm_shiftwise.ops.taichi_runtime import import_taichi
 
 ti = import_taichi()
@@ -91,14 +101,17 @@ def forward_layout(
     inside = _inside(height, width, kernel_size, padding)
     size = (
         kernel_size * (height + 2 * extra) * source  # the image, once for every column of a kernel
-        + maps * map_height * row + wide + 1  # the maps, and what the last reads may touch beyond them
-        + 3 * wide)  # a finished row of each branch
+        + maps * map_height * row + wide + 1)  # the maps, and what the last reads may touch beyond them
     return ForwardLayout(left, row, columns, wide, source, size, count, wide_tile, places, classes, inside)
+
+
+_CLASSES = 2 + 2 * LANES
+"""Integers of the list of the misalignments that occur; see :func:`_list_reads`."""
 
 
 def list_length(maps: int, groups: int, shuffles: int) -> int:
     """Integers that the lists of one channel take; see :func:`_list_reads`."""
-    return 1 + maps + LANES + 1 + groups * shuffles + groups + 1 + groups * shuffles + 1 + shuffles
+    return 1 + maps + _CLASSES + groups * shuffles + groups + 1 + groups * shuffles + 1 + shuffles
 
 
 @ti.func
@@ -109,9 +122,9 @@ def _list_reads(
 ):
     """List what the branches of one channel read, as vectors from the start of its maps; pruned groups are left out.
 
-    The lists lie one after another: the number of kept maps and which they are; the starts of the misalignments of the
-    wide branch and its reads; the starts of the places of the tall branch and its reads; the number of the reads of the
-    identity branch and those.
+    The lists lie one after another: the number of kept maps and which they are; the number of misalignments of the wide
+    branch that occur, each with the start of its reads, the end of all, and the reads; the starts of the places of the
+    tall branch and its reads; the number of the reads of the identity branch and those.
     """
     kept = 0
     for k in range(maps):
@@ -120,9 +133,10 @@ def _list_reads(
             kept += 1
     lists[at] = kept
     start = at + 1 + maps
-    entry = start + LANES + 1
+    entry = start + _CLASSES
+    found = 0
     for m in range(LANES):
-        lists[start + m] = entry
+        begin = entry
         for place in range(classes[m], classes[m + 1]):
             for r in range(shuffles):
                 k = horizontal[(r * channels + c) * groups + places[place, 0]]
@@ -130,8 +144,13 @@ def _list_reads(
                     if lists[at + 1 + slot] == k:
                         lists[entry] = (slot * map_height + e) * row + places[place, 1]
                         entry += 1
-    lists[start + LANES] = entry
-    start += LANES + 1 + groups * shuffles
+        if entry > begin:
+            lists[start + 1 + 2 * found] = begin
+            lists[start + 2 + 2 * found] = m
+            found += 1
+    lists[start] = found
+    lists[start + 1 + 2 * found] = entry
+    start += _CLASSES + groups * shuffles
     entry = start + groups + 1
     for g in range(groups):
         lists[start + g] = entry
@@ -155,7 +174,7 @@ def _list_reads(
 @ti.func
 def _load_image(
         memory: ti.template(), base, source: ti.template(), first, height, width, row, n: ti.template(),
-        kind: ti.template(), real: ti.template(), vector: ti.template(),
+        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template(),
 ):
     """Copy an image into scratch, padded by N - 1, once for every column b of a kernel: moved b columns to the left.
 
@@ -165,7 +184,8 @@ def _load_image(
     for i in range(height):
         at = base + ti.cast((i + n - 1) * row, ti.i64)
         start = first + ti.cast(i, ti.i64) * width
-        load_row(memory, at + (n - 1) // LANES, ti.static((n - 1) % LANES), source, start, width, kind, real, vector)
+        load_row(
+            memory, at + (n - 1) // LANES, ti.static((n - 1) % LANES), source, start, width, pack, kind, real, vector)
         for b in ti.static(range(1, n)):
             for v in range(row - 1 - b // LANES):
                 near = at + v + b // LANES
@@ -188,17 +208,17 @@ def _zero_outside(memory: ti.template(), at, vectors, first, last):
 
 
 @cache
-def forward_kernel(real: Any) -> Any:
-    """The forward kernel that sums in a type of Taichi's.
+def forward_kernel(real: Any, pack: int) -> Any:
+    """The forward kernel that sums in a type of Taichi's; input and output come in packs.
 
     It writes the three branches, or, ``folded``, into ``out_h`` alone their sum, each times a factor of its channel,
     with a bias and the input itself.
     """
-    vector = ti.types.vector(LANES, real)
+    vector, array = ti.types.vector(LANES, real), packed_type(real, pack)
 
     @ti.kernel
     def shiftwise_conv_rows(
-            x: ti.types.ndarray(ndim=1),
+            x: array,
             weight: ti.types.ndarray(dtype=real, ndim=1),
             mask: ti.types.ndarray(dtype=ti.i32, ndim=1),
             horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
@@ -211,9 +231,9 @@ def forward_kernel(real: Any) -> Any:
             factors: ti.types.ndarray(dtype=real, ndim=1),
             lists: ti.types.ndarray(dtype=ti.i32, ndim=1),
             memory: ti.types.ndarray(dtype=vector, ndim=1),
-            out_h: ti.types.ndarray(ndim=1),
-            out_v: ti.types.ndarray(ndim=1),
-            out_i: ti.types.ndarray(ndim=1),
+            out_h: array,
+            out_v: array,
+            out_i: array,
             planes: ti.i32, channels: ti.i32, in_channels: ti.i32, out_channels: ti.i32, maps: ti.i32, height: ti.i32,
             width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, left: ti.i32, row: ti.i32,
             columns: ti.i32, wide: ti.i32, source: ti.i32, size: ti.i32, stride: ti.i32, tasks: ti.i32,
@@ -235,19 +255,18 @@ def forward_kernel(real: Any) -> Any:
                 memory[image + v] = vector(0)
             lines = (height + 2 * (n - 1)) * source  # vectors of one copy of the image
             base = image + n * lines
-            done = base + maps * map_height * row + wide + 1
             begin = ti.cast(ti.cast(task, ti.i64) * planes // tasks, ti.i32)
             end = ti.cast(ti.cast(task + 1, ti.i64) * planes // tasks, ti.i32)
             for plane in range(begin, end):
                 c = plane % channels
                 kept_at = c * stride
                 h_at = kept_at + 1 + maps
-                v_at = h_at + LANES + 1 + groups * shuffles
+                v_at = h_at + _CLASSES + groups * shuffles
                 i_at = v_at + groups + 1 + groups * shuffles
                 sample = plane // channels
                 if skip or lists[kept_at] > 0:
                     first = (ti.cast(sample, ti.i64) * in_channels + read[c]) * height * width
-                    _load_image(memory, image, x, first, height, width, source, n, kind, real, vector)
+                    _load_image(memory, image, x, first, height, width, source, n, pack, kind, real, vector)
                 for slot in range(lists[kept_at]):
                     first = (c * maps + lists[kept_at + 1 + slot]) * n * n
                     for p in range(inside[0], inside[1]):
@@ -274,6 +293,28 @@ def forward_kernel(real: Any) -> Any:
                     column = 0
                     while column < wide:
                         here = base + ti.cast(i * row + column, ti.i64)
+                        total = ti.static(zeros(across, vector))
+                        for j in range(lists[h_at]):
+                            part = ti.static(zeros(across + 1, vector))
+                            for entry in range(lists[h_at + 1 + 2 * j], lists[h_at + 3 + 2 * j]):
+                                at = here + lists[entry]
+                                for v in ti.static(range(across + 1)):
+                                    part[v] += memory[at + v]
+                            m = lists[h_at + 2 + 2 * j]
+                            for quarter in ti.static(range(0, LANES, 4)):  # in two steps: fewer comparisons
+                                if m // 4 * 4 == quarter:
+                                    for known in ti.static(range(quarter, quarter + 4)):
+                                        if m == known:
+                                            for v in ti.static(range(across)):
+                                                total[v] += joined(part[v], part[v + 1], known, vector)
+                        for v in ti.static(range(across)):
+                            if ti.static(folded):
+                                total[v] = factors[c] * total[v] + factors[3 * channels + c]
+                            else:
+                                store_vector(out_h, start, width, column + v, total[v], pack, kind, real)
+                            if ti.static(skip):
+                                near = image + (n - 1) * lines + ti.cast((i + n - 1) * source + column + v, ti.i64)
+                                total[v] += memory[near]
                         tall = ti.static(zeros(across + 1, vector))
                         for entry in range(lists[v_at + low], lists[v_at + high]):
                             at = here + lists[entry]
@@ -285,40 +326,15 @@ def forward_kernel(real: Any) -> Any:
                             for v in ti.static(range(across + 1)):
                                 centre[v] += memory[at + v]
                         for v in ti.static(range(across)):
-                            lane = ti.static(e % LANES)
-                            if ti.static(lane == 0):
-                                memory[done + wide + column + v] = tall[v]
-                                memory[done + 2 * wide + column + v] = centre[v]
-                            else:
-                                memory[done + wide + column + v] = joined(tall[v], tall[v + 1], lane, vector)
-                                memory[done + 2 * wide + column + v] = joined(centre[v], centre[v + 1], lane, vector)
-                        total = ti.static(zeros(across, vector))
-                        for m in range(LANES):
-                            if lists[h_at + m] < lists[h_at + m + 1]:
-                                part = ti.static(zeros(across + 1, vector))
-                                for entry in range(lists[h_at + m], lists[h_at + m + 1]):
-                                    at = here + lists[entry]
-                                    for v in ti.static(range(across + 1)):
-                                        part[v] += memory[at + v]
-                                for known in ti.static(range(LANES)):
-                                    if m == known:
-                                        for v in ti.static(range(across)):
-                                            total[v] += joined(part[v], part[v + 1], known, vector)
-                        for v in ti.static(range(across)):
-                            to = done + column + v
+                            upright = joined(tall[v], tall[v + 1], ti.static(e % LANES), vector)
+                            middle = joined(centre[v], centre[v + 1], ti.static(e % LANES), vector)
                             if ti.static(folded):
-                                total[v] = (
-                                    factors[c] * total[v] + factors[channels + c] * memory[to + wide]
-                                    + factors[2 * channels + c] * memory[to + 2 * wide] + factors[3 * channels + c])
-                            if ti.static(skip):
-                                near = image + (n - 1) * lines + ti.cast((i + n - 1) * source + column + v, ti.i64)
-                                total[v] += memory[near]
-                            memory[to] = total[v]
+                                total[v] += factors[channels + c] * upright + factors[2 * channels + c] * middle
+                                store_vector(out_h, start, width, column + v, total[v], pack, kind, real)
+                            else:
+                                store_vector(out_v, start, width, column + v, upright, pack, kind, real)
+                                store_vector(out_i, start, width, column + v, middle, pack, kind, real)
                         column += across
-                    store_row(out_h, start, width, memory, done, kind)
-                    if ti.static(not folded):
-                        store_row(out_v, start, width, memory, done + wide, kind)
-                        store_row(out_i, start, width, memory, done + 2 * wide, kind)
 
     return shiftwise_conv_rows
 
@@ -367,16 +383,16 @@ def backward_layout(
 
 
 @cache
-def backward_kernel(real: Any) -> Any:
-    """The backward kernel that sums in a type of Taichi's."""
-    vector = ti.types.vector(LANES, real)
+def backward_kernel(real: Any, pack: int) -> Any:
+    """The backward kernel that sums in a type of Taichi's; images and gradients come in packs."""
+    vector, array = ti.types.vector(LANES, real), packed_type(real, pack)
 
     @ti.kernel
     def shiftwise_conv_backward_rows(
-            grad_h: ti.types.ndarray(ndim=1),
-            grad_v: ti.types.ndarray(ndim=1),
-            grad_i: ti.types.ndarray(ndim=1),
-            x: ti.types.ndarray(ndim=1),
+            grad_h: array,
+            grad_v: array,
+            grad_i: array,
+            x: array,
             weight: ti.types.ndarray(dtype=real, ndim=1),
             mask: ti.types.ndarray(dtype=ti.i32, ndim=1),
             horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
@@ -387,7 +403,7 @@ def backward_kernel(real: Any) -> Any:
             inside: ti.types.ndarray(dtype=ti.i32, ndim=1),
             lists: ti.types.ndarray(dtype=ti.i32, ndim=1),
             memory: ti.types.ndarray(dtype=vector, ndim=1),
-            grad_x: ti.types.ndarray(ndim=1),
+            grad_x: array,
             grad_weight: ti.types.ndarray(dtype=real, ndim=1),
             batch: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, shuffles: ti.i32,
             groups: ti.i32, first_shift: ti.i32, left: ti.i32, row: ti.i32, narrow: ti.i32, vectors: ti.i32,
@@ -427,9 +443,9 @@ def backward_kernel(real: Any) -> Any:
                     first = (ti.cast(sample, ti.i64) * channels + c) * height * width
                     load_gradients(
                         memory, wide, tall, centre, grad_h, grad_v, grad_i, first, height, width, left, row, narrow, e,
-                        used, ti.static(e % LANES), kind, real, vector)
+                        used, ti.static(e % LANES), pack, kind, real, vector)
                     if ti.static(want_w):
-                        _load_image(memory, image, x, first, height, width, source, n, kind, real, vector)
+                        _load_image(memory, image, x, first, height, width, source, n, pack, kind, real, vector)
                     for k in range(maps):
                         if mask[c * maps + k] > 0:
                             for p in range(inside[0], inside[1]):
@@ -476,7 +492,8 @@ def backward_kernel(real: Any) -> Any:
                                     else:
                                         total += joined(memory[near], memory[near + 1], lane, vector)
                                 memory[done + v] = total
-                            store_row(grad_x, first + ti.cast(i, ti.i64) * width, width, memory, done, kind)
+                            store_row(
+                                grad_x, first + ti.cast(i, ti.i64) * width, width, memory, done, pack, kind, real)
                 if ti.static(want_w):
                     for t in range(maps * n * n):
                         grad_weight[c * maps * n * n + t] = lane_sum(memory[kernels + t], real)

@@ -158,6 +158,8 @@ def choose_inference_way(
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
         _check_asked(asked, x, padding, kernel_size)
+        if asked == 'fused':
+            choose_backend('taichi', x.device)
         return Choice('fused' if asked == 'fused' else otherwise, f'{ENVIRONMENT_VARIABLE} asks for it')
     if x.device.type != 'cpu':
         return Choice(otherwise, f'the fused kernel is made for CPUs, and nothing was measured on {x.device.type}')
