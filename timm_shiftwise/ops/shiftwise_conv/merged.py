@@ -284,15 +284,21 @@ def merged_conv2d_backward(
     wide = _uncentred(grads[0], size // 2, focus_length // 2, size, groups * size)
     tall = _uncentred(grads[1], focus_length // 2, size // 2, groups * size, size)
     square = _uncentred(grads[2], size // 2, size // 2, size, size)
-    grad_kernels = torch.zeros_like(weight.flatten(0, 1), dtype=wide.dtype)
+    grad_weight = torch.zeros_like(weight.flatten(2), dtype=wide.dtype)
     for pieces, table in (
             (wide.unflatten(2, (groups, size)).transpose(1, 2), horizontal),
             (tall.unflatten(1, (groups, size)), vertical),
             (square.unsqueeze(1), identity[:, :, None]),
     ):
-        index = _kernel_index(table, weight.shape[1])
-        grad_kernels.index_add_(0, index.flatten(), pieces.expand(len(table), -1, -1, -1, -1).flatten(0, 2))
-    return grad_x, grad_kernels.view_as(weight).to(weight.dtype)
+        grad_weight.baddbmm_(_uses(table, weight.shape[1], wide.dtype).mT, pieces.flatten(2))
+    return grad_x, grad_weight.view_as(weight).to(weight.dtype)
+
+
+def _uses(table: Tensor, maps: int, dtype: torch.dtype) -> Tensor:
+    """How often a table [R, C, places] names each of K kernels: [C, places, K]."""
+    index = table.permute(1, 2, 0).long()  # [C, places, R]
+    uses = torch.zeros([*index.shape[:2], maps], dtype=dtype, device=table.device)
+    return uses.scatter_add_(2, index, torch.ones_like(index, dtype=dtype))
 
 
 def _uncentred(kernel: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:

@@ -94,22 +94,22 @@ def choose_way(
 #
 #                              forward: fused                 merged  backward: fused               merged  large
 #        map, channels         1.0   0.7   0.5   0.3   0.1             1.0   0.7   0.5   0.3   0.1
-# 16     56 x 56,  74         10.8   8.2   6.8   5.0   3.1     5.7    17.0  13.4  11.1   8.3   6.3   19.2   15.1
-# lanes  28 x 28, 148          5.8   4.6   3.7   2.9   1.9     2.4     9.9   7.9   6.6   5.4   4.0    9.8    6.7
-#        14 x 14, 296          5.4   4.4   3.6   2.8   1.8     1.4     9.7   7.7   6.4   4.9   3.5    5.9    3.9
-#         7 x  7, 592          2.6   2.2   1.9   1.5   1.1     0.7     3.3   2.8   2.4   2.2   1.8    3.4    3.0
-# 8      56 x 56,  74         14.1  11.2   8.4   5.9   3.2     5.7    24.5  18.4  14.3  10.4   6.3   19.4   27.5
-# lanes  28 x 28, 148          8.0   5.7   4.5   3.3   1.9     2.6    12.8   9.7   7.7   5.8   3.8    8.6   10.9
-#        14 x 14, 296          5.6   4.5   3.7   2.7   1.6     1.1    10.2   7.8   6.2   4.6   3.0    4.4    4.5
-#         7 x  7, 592          3.9   2.9   2.3   1.5   1.0     0.8     3.5   2.8   2.4   2.0   1.6    3.1    3.1
+# 16     56 x 56,  74         10.2   7.9   6.3   4.4   2.4     5.2    15.8  12.1   9.9   7.4   5.0   17.9   15.1
+# lanes  28 x 28, 148          5.4   4.3   3.5   2.6   1.6     2.0     8.9   6.8   5.6   4.4   3.1    7.6    6.1
+#        14 x 14, 296          5.2   4.3   3.5   2.6   1.5     1.0     8.9   7.0   5.6   4.2   2.8    4.1    3.4
+#         7 x  7, 592          2.4   2.1   1.7   1.4   0.9     0.6     3.1   2.7   2.4   2.1   1.8    2.9    2.7
+# 8      56 x 56,  74         13.0  10.0   7.6   5.3   2.7     4.9    23.1  17.2  13.3   9.4   5.5   16.9   25.8
+# lanes  28 x 28, 148          7.4   5.7   4.5   3.3   1.8     2.0    12.4   9.4   7.4   5.4   3.4    7.8   10.0
+#        14 x 14, 296          5.7   4.6   3.7   2.7   1.6     1.2    10.1   7.7   6.2   4.6   2.9    4.5    4.0
+#         7 x  7, 592          2.2   1.9   1.6   1.3   0.8     0.8     3.4   2.8   2.4   2.0   1.6    3.7    3.0
 #
 # By lanes and direction, rows of: pixels of a map from which they hold, and the share up to which the fused way was the
 # fastest; and which way is taken beyond it.
 _LIMITS = {
-    (16, False): (((2000, 0.35), (500, 0.2), (0, 0.)), 'merged'),
-    (16, True): (((2000, 0.95), (500, 0.6), (100, 0.25), (0, 0.8)), 'large'),
-    (8, False): (((2000, 0.2), (500, 0.15), (0, 0.)), 'merged'),
-    (8, True): (((2000, 0.7), (500, 0.55), (100, 0.25), (0, 0.8)), 'merged'),
+    (16, False): (((2000, 0.37), (500, 0.18), (0, 0.)), 'merged'),
+    (16, True): (((2000, 0.92), (500, 0.58), (100, 0.2), (0, 0.7)), 'large'),
+    (8, False): (((2000, 0.26), (500, 0.12), (0, 0.)), 'merged'),
+    (8, True): (((2000, 0.68), (500, 0.53), (100, 0.28), (0, 0.95)), 'merged'),
 }
 _LARGEST_UNROLLED = 7
 """Kernel size up to which the fused way, which is unrolled over the kernel, compiles in reasonable time."""
@@ -124,10 +124,10 @@ def limits(pixels: int, backward: bool) -> tuple[float, str]:
     return next(limit for least, limit in rows if pixels >= least), otherwise
 
 
-# The same for the whole operator at inference, 56 x 56 and 96 channels with ghosts, in ms: fused 11.2 (all groups
-# kept), 8.0 (0.6), 5.4 (0.3), 3.6 (0.1) with 16 lanes, 14.3, 9.8, 6.2, 3.7 with 8; a tall and a wide convolution 4.9 to
-# 5.3. On smaller maps these are the faster ones down to 0.1.
-_INFERENCE_LIMITS = {16: ((2000, 0.25), (0, 0.)), 8: ((2000, 0.18), (0, 0.))}
+# The same for the whole operator at inference, 56 x 56 and 96 channels with ghosts, in ms: fused 15.0 (all groups
+# kept), 8.0 (0.7), 6.4 (0.5), 4.5 (0.3), 2.6 (0.1) with 16 lanes, 13.9, 11.6, 8.2, 5.3, 2.8 with 8; a tall and a wide
+# convolution 4.6 to 4.7. On smaller maps these are the faster ones, or as fast, down to 0.1.
+_INFERENCE_LIMITS = {16: ((2000, 0.3), (0, 0.)), 8: ((2000, 0.24), (0, 0.))}
 
 
 def choose_inference_way(
