@@ -29,7 +29,7 @@ TRAINED = (0.1, 0.68, 0.72, 0.9)
 """Share of the groups that each stage of sw_tiny keeps after sparse training, as the paper's authors note it."""
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#F0E442')  # Okabe and Ito
 
-_SHORT = .5  # seconds
+_SHORT = 2.  # seconds
 _FORCING = ('TIMM_SHIFTWISE_WAY', 'TIMM_SHIFTWISE_BACKEND')
 
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -118,7 +118,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Time functions in turns, so that what else the machine does hits all of them alike.
 
-    Before it is timed, a function of less than half a second runs once more, so that what ran before it in turn does
+    Before it is timed, a function of less than two seconds runs once more, so that what ran before it in turn does
     not decide what its caches hold and which threads still wait for work.
 
     Args:
