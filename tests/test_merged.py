@@ -102,6 +102,28 @@ def test_a_merged_operator_in_two_convolutions_gives_the_same_in_the_layout_of_i
     assert relative_error(seen.double(), wanted) < tolerance
 
 
+@pytest.mark.parametrize('capability', ['AVX512', 'AVX2'])
+@pytest.mark.parametrize('focus_length, kernel_size, height, width', [
+    (51, 5, 9, 9), (51, 5, 8, 19), (7, 3, 1, 2), (4, 2, 5, 5), (6, 4, 11, 3)])
+@pytest.mark.parametrize('operator, ghost_ratio', [('sw', 0.3), ('p_sw', 0.)])
+@pytest.mark.usefixtures('poisoned_memory')
+def test_channels_last_a_merged_operator_gives_the_same(
+        operator, ghost_ratio, focus_length, kernel_size, height, width, capability, monkeypatch):
+    torch.manual_seed(0)
+    layer = randomise(ShiftwiseConv2d(
+        32, focus_length, kernel_size, operator=operator, ghost_ratio=ghost_ratio, backend='torch',
+        dtype=torch.float64))
+    x = torch.randn(2, 32, height, width, dtype=torch.float64)
+    merged = layer.fuse().float()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'merged')
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    with torch.no_grad():
+        seen = merged(x.float().contiguous(memory_format=torch.channels_last))
+        wanted = layer(x)
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(seen.double(), wanted) < 1e-5
+
+
 @pytest.mark.usefixtures('needs_taichi')
 def test_a_way_asked_for_starts_taichi_by_itself():
     code = (

@@ -98,6 +98,9 @@ class MergedShiftwiseConv2d(nn.Module):
     identity: Tensor
     tall: Tensor
     wide: Tensor
+    spread_tall: Tensor
+    spread_wide: Tensor
+    spread_bias: Tensor
 
     def __init__(
             self,
@@ -141,6 +144,10 @@ class MergedShiftwiseConv2d(nn.Module):
         self.register_buffer('geometry', torch.tensor(geometry, **table))
         self.register_buffer('tall', torch.zeros(channels, 0, 0, **dd), persistent=False)
         self.register_buffer('wide', torch.zeros(channels, 0, 0, **dd), persistent=False)
+        # the same for all channels as they come, of which ghosts are convolved with a single one
+        self.register_buffer('spread_tall', torch.zeros(dim, 0, 0, **dd), persistent=False)
+        self.register_buffer('spread_wide', torch.zeros(dim, 0, 0, **dd), persistent=False)
+        self.register_buffer('spread_bias', torch.zeros(dim, **dd), persistent=False)
         self.assemble()
 
     def assemble(self) -> None:
@@ -159,6 +166,14 @@ class MergedShiftwiseConv2d(nn.Module):
         if not self.weight.is_meta:
             tall, wide = trimmed(tall), trimmed(wide)
         self.tall, self.wide = tall.contiguous(), wide.contiguous()
+        self.spread_tall, self.spread_wide = self._spread(self.tall), self._spread(self.wide)
+        self.spread_bias = self._spread(self.bias)
+        self.spread_tall[self.ghost, tall.shape[1] // 2, tall.shape[2] // 2] = 1
+
+    def _spread(self, values: Tensor) -> Tensor:
+        spread = values.new_zeros([len(self.kept) + self.num_ghost, *values.shape[1:]])
+        spread[self.kept] = values
+        return spread
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         geometry = (self.focus_length, self.kernel_size, small_padding(self.kernel_size, self.padding))
@@ -184,6 +199,7 @@ class MergedShiftwiseConv2d(nn.Module):
             self.padding,
             self.inner_skip,
             self.density,
+            (self.spread_tall, self.spread_wide, self.spread_bias),
             self.backend,
         )
 

@@ -27,6 +27,7 @@ def inference_conv2d(
         padding: str,
         skip: bool,
         density: float,
+        spread: tuple[Tensor, Tensor, Tensor],
         backend: str | None = None,
 ) -> Tensor:
     """Run the operator in its form for inference.
@@ -50,6 +51,8 @@ def inference_conv2d(
         padding: ``'full'`` or ``'same'``.
         skip: Whether the input itself is added.
         density: Share of the small kernels that are not zero.
+        spread: ``tall``, ``wide`` and the bias for all channels in the order of ``x``, [dim, ...]: those of ghosts
+            leave them as they are.
         backend: ``'auto'``, ``'taichi'``, ``'torch'`` or None, see :func:`timm_shiftwise.ops.shift_add`.
 
     Returns:
@@ -62,6 +65,8 @@ def inference_conv2d(
             if way == 'fused':
                 return torch.ops.timm_shiftwise.folded_conv2d(
                     x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip)
+            if way == 'merged' and _fast_channels_last(x):
+                return _merged_channels_last(x, kept, ghost, spread)
             if way == 'merged':
                 return _merged(x, kept, ghost, tall, wide, factors[3])
     has_ghosts = ghost.shape[0] > 0
@@ -81,6 +86,36 @@ def inference_conv2d(
     if has_ghosts:
         out = torch.cat([out, x.index_select(1, ghost)], dim=1)
     return out
+
+
+def _fast_channels_last(x: Tensor) -> bool:
+    """Whether a map has its channels last in memory and is one that oneDNN takes so at its best.
+
+    That is in float32, by whole vectors of channels, on processors with AVX-512: a merged sw_tiny takes 4 to 6 % less
+    so. With AVX2 it would take up to twice as long.
+    """
+    return (
+        x.device.type == 'cpu' and x.dtype == torch.float32 and x.shape[1] % 16 == 0 and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.backends.cpu.get_cpu_capability() == 'AVX512')
+
+
+def _merged_channels_last(
+        x: Tensor,
+        kept: Tensor,
+        ghost: Tensor,
+        spread: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """A tall and a wide convolution of all channels, ghosts too, which are then put into their order: no copies."""
+    tall, wide, bias = spread
+    height, width = x.shape[2], x.shape[3]
+    out = depthwise_conv2d(x, within_reach(tall, height, width), bias)
+    out.add_(depthwise_conv2d(x, within_reach(wide, height, width)))
+    if len(ghost) == 0:
+        return out
+    rows = out.permute(0, 2, 3, 1)  # [B, H, W, dim]
+    order = torch.cat([kept, ghost]).expand(rows.shape)
+    return rows.gather(3, order).permute(0, 3, 1, 2)  # gather is twice as fast as index_select along the last axis
 
 
 def _merged(x: Tensor, kept: Tensor, ghost: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> Tensor:
