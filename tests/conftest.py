@@ -21,6 +21,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest):
+    """Run a test with so many threads of PyTorch's."""
+    was = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(was)
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fill uninitialised tensors with NaN, so that an element which is never written fails the comparison."""

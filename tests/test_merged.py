@@ -31,6 +31,25 @@ def relative_error(seen: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((seen - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
 
+def merged_output(
+        way: str,
+        layer: ShiftwiseConv2d,
+        x: torch.Tensor,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        tolerance: float,
+        monkeypatch: pytest.MonkeyPatch,
+) -> torch.Tensor:
+    """What a layer gives merged, in a dtype and a layout, computed in one way; it must be what it gives as it is."""
+    merged = layer.fuse().to(dtype)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, way)
+    with torch.no_grad():
+        seen, wanted = merged(x.to(dtype, memory_format=memory_format)), layer(x)
+    assert seen.dtype == dtype
+    assert relative_error(seen.double(), wanted) < tolerance
+    return seen
+
+
 @pytest.mark.parametrize('focus_length, kernel_size', [(51, 5), (13, 5), (7, 3), (4, 2), (3, 5), (6, 4), (1, 1)])
 @pytest.mark.parametrize('padding', ['full', 'same'])
 @pytest.mark.parametrize('operator, shuffles', [('sw', 4), ('sw', 1), ('p_sw', 1), ('eq_slak', 1)])
@@ -45,61 +64,40 @@ def test_a_merged_operator_gives_the_same(operator, shuffles, padding, focus_len
         assert relative_error(merged(x), layer(x)) < 1e-10
 
 
-@pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('focus_length, kernel_size, height, width', [
     (51, 5, 8, 19), (7, 3, 1, 1), (4, 2, 5, 33), (3, 5, 17, 2), (5, 1, 3, 16), (13, 5, 7, 24), (6, 4, 9, 36)])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize('padding', ['full', 'same'])
 @pytest.mark.parametrize('operator, ghost_ratio', [('sw', 0.3), ('p_sw', 0.)])
-@pytest.mark.usefixtures('poisoned_memory', 'needs_taichi')
+@pytest.mark.usefixtures('poisoned_memory', 'needs_taichi', 'threads')
 def test_a_merged_operator_in_one_kernel_gives_the_same(
         operator, ghost_ratio, padding, dtype, tolerance, focus_length, kernel_size, height, width, memory_format,
-        threads, monkeypatch):
+        monkeypatch):
     torch.manual_seed(0)
     layer = randomise(ShiftwiseConv2d(
         9, focus_length, kernel_size, operator=operator, num_paths=2, num_shuffles=2, ghost_ratio=ghost_ratio,
         padding=padding, backend='torch', dtype=torch.float64))
     x = torch.randn(3, 9, height, width, dtype=torch.float64)
-    merged = layer.fuse().to(dtype)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'fused')
-    was = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            seen, wanted = merged(x.to(dtype, memory_format=memory_format)), layer(x)
-    finally:
-        torch.set_num_threads(was)
-    assert seen.dtype == dtype
-    assert relative_error(seen.double(), wanted) < tolerance
+    merged_output('fused', layer, x, dtype, memory_format, tolerance, monkeypatch)
 
 
-@pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('focus_length, kernel_size, height, width', [
     (51, 5, 19, 19), (51, 5, 8, 19), (7, 3, 1, 1), (4, 2, 5, 5), (6, 4, 11, 11), (3, 5, 17, 2)])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize('operator, ghost_ratio', [('sw', 0.3), ('p_sw', 0.), ('eq_slak', 0.3)])
-@pytest.mark.usefixtures('poisoned_memory')
+@pytest.mark.usefixtures('poisoned_memory', 'threads')
 def test_a_merged_operator_in_two_convolutions_gives_the_same_in_the_layout_of_its_input(
-        operator, ghost_ratio, dtype, tolerance, focus_length, kernel_size, height, width, memory_format, threads,
+        operator, ghost_ratio, dtype, tolerance, focus_length, kernel_size, height, width, memory_format,
         monkeypatch):
     torch.manual_seed(0)
     layer = randomise(ShiftwiseConv2d(
         9, focus_length, kernel_size, operator=operator, ghost_ratio=ghost_ratio, backend='torch',
         dtype=torch.float64))
     x = torch.randn(3, 9, height, width, dtype=torch.float64)
-    merged = layer.fuse().to(dtype)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'merged')
-    was = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            seen, wanted = merged(x.to(dtype, memory_format=memory_format)), layer(x)
-    finally:
-        torch.set_num_threads(was)
-    assert seen.dtype == dtype and seen.is_contiguous(memory_format=memory_format)
-    assert relative_error(seen.double(), wanted) < tolerance
+    seen = merged_output('merged', layer, x, dtype, memory_format, tolerance, monkeypatch)
+    assert seen.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize('capability', ['AVX512', 'AVX2'])
@@ -114,14 +112,9 @@ def test_channels_last_a_merged_operator_gives_the_same(
         32, focus_length, kernel_size, operator=operator, ghost_ratio=ghost_ratio, backend='torch',
         dtype=torch.float64))
     x = torch.randn(2, 32, height, width, dtype=torch.float64)
-    merged = layer.fuse().float()
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'merged')
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
-    with torch.no_grad():
-        seen = merged(x.float().contiguous(memory_format=torch.channels_last))
-        wanted = layer(x)
+    seen = merged_output('merged', layer, x, torch.float32, torch.channels_last, 1e-5, monkeypatch)
     assert seen.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(seen.double(), wanted) < 1e-5
 
 
 @pytest.mark.usefixtures('needs_taichi')

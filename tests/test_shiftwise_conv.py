@@ -127,18 +127,13 @@ def test_any_batch(way, padding, batch, forced):
 
 
 @pytest.mark.parametrize('way, padding', WAYS_AND_PADDINGS)
-@pytest.mark.parametrize('threads', [1, 2])
-def test_any_number_of_threads_and_inference_mode(way, padding, threads, forced):
+@pytest.mark.usefixtures('threads')
+def test_any_number_of_threads_and_inference_mode(way, padding, forced):
     x, weight, wiring = make(4, 13, 5, 4, 12, 9, dtype=torch.float32)
     wanted = definition(x, weight, wiring, 13, padding)
     forced(way)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            seen = shiftwise_conv2d(x, weight, *wiring[:3], 13, padding)
-    finally:
-        torch.set_num_threads(before)
+    with torch.inference_mode():
+        seen = shiftwise_conv2d(x, weight, *wiring[:3], 13, padding)
     assert_close(seen, wanted, 1e-5)
 
 

@@ -5,6 +5,7 @@ Source: Shift-ConvNets (arXiv 2401.12736), Section 3 (re-parameterisation).
 import torch
 from torch import Tensor
 
+from timm_shiftwise.ops.channels import split_channels
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .frontend import shiftwise_conv2d
@@ -65,14 +66,14 @@ def inference_conv2d(
             if way == 'fused':
                 return torch.ops.timm_shiftwise.folded_conv2d(
                     x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip)
-            if way == 'merged' and _fast_channels_last(x):
-                return _merged_channels_last(x, kept, ghost, spread)
             if way == 'merged':
+                if _fast_channels_last(x):
+                    return _merged_channels_last(x, kept, ghost, spread)
                 return _merged(x, kept, ghost, tall, wide, factors[3])
     has_ghosts = ghost.shape[0] > 0
+    worked, ghosts = x, x
     if has_ghosts:
-        x = x.contiguous()  # or each of the two selections makes a copy of its own
-    worked = x.index_select(1, kept) if has_ghosts else x
+        worked, ghosts = split_channels(x, kept, ghost)
     if padding == 'full':
         out = large_kernel_conv2d(worked, tall, wide, factors[3])
     else:
@@ -84,7 +85,7 @@ def inference_conv2d(
         if skip:
             out = out + worked
     if has_ghosts:
-        out = torch.cat([out, x.index_select(1, ghost)], dim=1)
+        out = torch.cat([out, ghosts], dim=1)
     return out
 
 
