@@ -28,33 +28,43 @@ def assemble_kernels(
         The wide kernel [C, N, G * N], the tall one [C, G * N, N] and the square one [C, N, N]. Column ``M // 2`` of the
         wide and row ``M // 2`` of the tall kernel lie over the output's own position.
     """
-    wide = _gathered(weight, horizontal)  # [C, G, N, N]
-    tall = _gathered(weight, vertical)  # [C, G, N, N]
-    square = _gathered(weight, identity[:, :, None])  # [C, 1, N, N]
-    return wide.transpose(1, 2).flatten(2), tall.flatten(1, 2), square.squeeze(1)
-
-
-def _gathered(weight: Tensor, table: Tensor) -> Tensor:
-    """Of small kernels [C, K, N, N] those that a table [R, C, places] names, summed over R: [C, places, N, N]."""
+    table = _one_table(horizontal, vertical, identity)
     channels, maps, size, _ = weight.shape
-    kernels = weight.flatten(0, 1).index_select(0, _kernel_index(table, maps).flatten())
-    return kernels.view(table.shape[0], channels, table.shape[2], size, size).sum(0)
+    first = torch.arange(0, channels * maps, maps, dtype=table.dtype, device=table.device)
+    kernels = weight.flatten(0, 1).index_select(0, (table + first[None, :, None]).flatten())
+    kernels = kernels.view(table.shape[0], channels, table.shape[2], size, size).sum(0)  # [C, 2 * G + 1, N, N]
+    groups = horizontal.shape[2]
+    turned, tall, square = kernels[:, :groups].mT, kernels[:, groups:2 * groups], kernels[:, 2 * groups]
+    return turned.flatten(1, 2).mT, tall.flatten(1, 2), square
 
 
-def _kernel_index(table: Tensor, maps: int) -> Tensor:
-    """Index among the kernels [C * K, N, N] of all channels that a table [R, C, places] stands for."""
-    return table + torch.arange(table.shape[1], device=table.device)[None, :, None] * maps
+def _one_table(horizontal: Tensor, vertical: Tensor, identity: Tensor) -> Tensor:
+    """All places of the wide, then of the tall, then of the square kernel: [R, C, 2 * G + 1]."""
+    return torch.cat([horizontal, vertical, identity[:, :, None]], dim=2)
 
 
-def centred(kernel: Tensor, row: int, column: int) -> Tensor:
-    """Pad kernels [C, rows, columns] with zeros to odd sides that have the given element in the middle."""
-    rows, columns = kernel.shape[1], kernel.shape[2]
-    above, below = row, rows - 1 - row
-    left, right = column, columns - 1 - column
-    return F.pad(kernel, [
-        max(right - left, 0), max(left - right, 0),
-        max(below - above, 0), max(above - below, 0),
-    ])
+def centred(kernel: Tensor, row: int, column: int, reach: int | None = None) -> Tensor:
+    """Bring kernels [C, rows, columns] to odd sides that have the given element in the middle.
+
+    Zeros are added, and rows that are further than ``reach`` from the middle are cut off.
+    """
+    above, below = _rim(kernel.shape[1], row, reach)
+    left, right = _rim(kernel.shape[2], column)
+    return F.pad(kernel, [left, right, above, below])
+
+
+def _uncentred(kernel: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
+    """Undo :func:`centred`: kernels [C, rows, columns] whose element at ``row``, ``column`` is in the middle now."""
+    above, below = _rim(rows, row, kernel.shape[1] // 2)
+    left, right = _rim(columns, column)
+    return F.pad(kernel, [-left, -right, -above, -below])
+
+
+def _rim(length: int, middle: int, reach: int | None = None) -> tuple[int, int]:
+    """How much to add before and behind a side to have the element at ``middle`` there; below zero is cut off."""
+    before, behind = middle, length - 1 - middle
+    side = max(before, behind) if reach is None else min(max(before, behind), reach)
+    return side - before, side - behind
 
 
 def within_reach(kernel: Tensor, height: int, width: int) -> Tensor:
@@ -184,12 +194,15 @@ def merged_conv2d(
     Returns:
         The horizontal, vertical and identity branches, each [B, C, H, W].
     """
-    wide, tall, square = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
     if torch.jit.is_scripting():
+        wide, tall, square = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
         return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
     else:
         if graph_leaves_python():
+            wide, tall, square = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
             return depthwise_conv2d(x, wide), depthwise_conv2d(x, tall), depthwise_conv2d(x, square)
+        wide, tall, square = _centred_kernels(
+            weight, horizontal, vertical, identity, focus_length, x.shape[2], x.shape[3])
         return large_depthwise_conv2d(x, wide), large_depthwise_conv2d(x, tall), large_depthwise_conv2d(x, square)
 
 
@@ -199,12 +212,18 @@ def _centred_kernels(
         vertical: Tensor,
         identity: Tensor,
         focus_length: int,
+        height: int | None = None,
+        width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The wide, the tall and the square kernel, for a map of a known size without what lies beyond it.
+
+    The wide one is a transposed tall one in memory.
+    """
     wide, tall, square = assemble_kernels(weight, horizontal, vertical, identity)
-    size = square.shape[1]
+    middle, size = focus_length // 2, square.shape[1]
     return (
-        centred(wide, size // 2, focus_length // 2),
-        centred(tall, focus_length // 2, size // 2),
+        centred(wide.mT, middle, size // 2, None if width is None else width - 1).mT,
+        centred(tall, middle, size // 2, None if height is None else height - 1),
         centred(square, size // 2, size // 2),
     )
 
@@ -275,36 +294,27 @@ def merged_conv2d_backward(
     backward = large_kernel_backward
     if in_taichi:
         from .taichi_large import large_kernel_backward_taichi as backward
-    kernels = _centred_kernels(weight, horizontal, vertical, identity, focus_length)
+    kernels = _centred_kernels(weight, horizontal, vertical, identity, focus_length, x.shape[2], x.shape[3])
     grad_x, grads = backward(grad_h, grad_v, grad_i, x, *kernels, need_x, need_weight)
     if grads is None:
         return grad_x, None
     size, groups = weight.shape[2], horizontal.shape[2]
-    # undo the centring, then cut into places: [C, G, N, N] twice, [C, 1, N, N]
-    wide = _uncentred(grads[0], size // 2, focus_length // 2, size, groups * size)
-    tall = _uncentred(grads[1], focus_length // 2, size // 2, groups * size, size)
-    square = _uncentred(grads[2], size // 2, size // 2, size, size)
-    grad_weight = torch.zeros_like(weight.flatten(2), dtype=wide.dtype)
-    for pieces, table in (
-            (wide.unflatten(2, (groups, size)).transpose(1, 2), horizontal),
-            (tall.unflatten(1, (groups, size)), vertical),
-            (square.unsqueeze(1), identity[:, :, None]),
-    ):
-        grad_weight.baddbmm_(_uses(table, weight.shape[1], wide.dtype).mT, pieces.flatten(2))
-    return grad_x, grad_weight.view_as(weight).to(weight.dtype)
+    wide, tall, square = grads
+    middle, length = focus_length // 2, groups * size
+    pieces = torch.cat([
+        _uncentred(wide.mT, middle, size // 2, length, size).unflatten(1, (groups, size)).mT,
+        _uncentred(tall, middle, size // 2, length, size).unflatten(1, (groups, size)),
+        _uncentred(square, size // 2, size // 2, size, size).unsqueeze(1),
+    ], dim=1)  # [C, 2 * G + 1, N, N]
+    uses = _uses(_one_table(horizontal, vertical, identity), weight.shape[1], pieces.dtype)
+    return grad_x, torch.bmm(uses.mT, pieces.flatten(2)).view_as(weight).to(weight.dtype)
 
 
 def _uses(table: Tensor, maps: int, dtype: torch.dtype) -> Tensor:
     """How often a table [R, C, places] names each of K kernels: [C, places, K]."""
     index = table.permute(1, 2, 0).long()  # [C, places, R]
     uses = torch.zeros([*index.shape[:2], maps], dtype=dtype, device=table.device)
-    return uses.scatter_add_(2, index, torch.ones_like(index, dtype=dtype))
-
-
-def _uncentred(kernel: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
-    """The part of centred kernels that :func:`centred` was given: its element at ``row``, ``column`` is the middle."""
-    above, left = kernel.shape[1] // 2 - row, kernel.shape[2] // 2 - column
-    return kernel[:, above:above + rows, left:left + columns]
+    return uses.scatter_add_(2, index, torch.ones((), dtype=dtype, device=table.device).expand(index.shape))
 
 
 def add_centred(first: Tensor, second: Tensor) -> Tensor:

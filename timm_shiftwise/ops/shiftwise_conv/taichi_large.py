@@ -1,6 +1,5 @@
 """The gradients of a tall, a wide and a square depthwise convolution of one input, in one Taichi kernel."""
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_shiftwise.ops.taichi_lanes import MAX_ELEMENTS, flat, kinds, num_tasks, scratch
@@ -43,7 +42,7 @@ def large_kernel_backward_taichi(
     summed = torch.float64 if x.dtype == torch.float64 else torch.float32
     kernels = [
         kernel.detach().to(summed).contiguous()
-        for kernel in (_cut(wide.mT, width), _cut(tall, height), square)]
+        for kernel in (wide.mT, tall, square)]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     grads = [torch.zeros(kernel.shape if need_weight else [0], dtype=summed) for kernel in kernels]
     step = max(1, MAX_ELEMENTS // max(1, channels * height * width))
@@ -65,21 +64,6 @@ def large_kernel_backward_taichi(
         if parts is not grads:
             for total, share in zip(grads, parts, strict=True):
                 total += share
-    if not need_weight:
-        return grad_x, None
-    return (
-        grad_x if need_x else None,
-        (_uncut(grads[0], wide.shape[2]).mT, _uncut(grads[1], tall.shape[1]), grads[2]),
-    )
+    wide_gradient, *others = grads
+    return grad_x if need_x else None, (wide_gradient.mT, *others) if need_weight else None
 
-
-def _cut(kernel: Tensor, lines: int) -> Tensor:
-    """Of kernels [C, rows, n] the rows that do not only meet zeros beyond the ``lines`` of a plane."""
-    cut = max(kernel.shape[1] // 2 - lines + 1, 0)
-    return kernel[:, cut:kernel.shape[1] - cut]
-
-
-def _uncut(kernel: Tensor, rows: int) -> Tensor:
-    """Put zeros where :func:`_cut` cut: [C, rows, n]."""
-    cut = (rows - kernel.shape[1]) // 2
-    return F.pad(kernel, [0, 0, cut, cut])
