@@ -101,6 +101,8 @@ class MergedShiftwiseConv2d(nn.Module):
     spread_tall: Tensor
     spread_wide: Tensor
     spread_bias: Tensor
+    order: Tensor
+    factors: Tensor
 
     def __init__(
             self,
@@ -148,10 +150,15 @@ class MergedShiftwiseConv2d(nn.Module):
         self.register_buffer('spread_tall', torch.zeros(dim, 0, 0, **dd), persistent=False)
         self.register_buffer('spread_wide', torch.zeros(dim, 0, 0, **dd), persistent=False)
         self.register_buffer('spread_bias', torch.zeros(dim, **dd), persistent=False)
+        # put together once for all calls
+        self.register_buffer('order', torch.cat([self.kept, self.ghost]), persistent=False)
+        self.register_buffer('factors', torch.zeros(4, channels, **dd), persistent=False)
         self.assemble()
 
     def assemble(self) -> None:
         """Make the tall and the wide kernel of what the operator holds, and count what it keeps."""
+        self.order = torch.cat([self.kept, self.ghost])
+        self.factors = torch.stack([self.scale_h, self.scale_v, self.scale_i, self.bias])
         if not self.weight.is_meta:
             self.density = float((self.weight != 0).flatten(2).any(2).float().mean())
         if self.padding != 'full':
@@ -194,12 +201,12 @@ class MergedShiftwiseConv2d(nn.Module):
             self.horizontal,
             self.vertical,
             self.identity,
-            torch.stack([self.scale_h, self.scale_v, self.scale_i, self.bias]),
+            self.factors,
             self.focus_length,
             self.padding,
             self.inner_skip,
             self.density,
-            (self.spread_tall, self.spread_wide, self.spread_bias),
+            (self.spread_tall, self.spread_wide, self.spread_bias, self.order),
             self.backend,
         )
 

@@ -161,9 +161,10 @@ class ShiftwiseConv2d(nn.Module):
             self.mask,
             self.backend,
         )
-        out = self.norm_h(h) + self.norm_v(v) + self.norm_i(i)
+        out = self.norm_h(h) + self.norm_v(v)
+        out += self.norm_i(i)
         if self.inner_skip:
-            out = out + worked
+            out += worked
         out = contiguous_gradient(out)
         if self.num_ghost > 0:
             out = torch.cat([out, ghosts], dim=1)

@@ -28,7 +28,7 @@ def inference_conv2d(
         padding: str,
         skip: bool,
         density: float,
-        spread: tuple[Tensor, Tensor, Tensor],
+        spread: tuple[Tensor, Tensor, Tensor, Tensor],
         backend: str | None = None,
 ) -> Tensor:
     """Run the operator in its form for inference.
@@ -52,8 +52,8 @@ def inference_conv2d(
         padding: ``'full'`` or ``'same'``.
         skip: Whether the input itself is added.
         density: Share of the small kernels that are not zero.
-        spread: ``tall``, ``wide`` and the bias for all channels in the order of ``x``, [dim, ...]: those of ghosts
-            leave them as they are.
+        spread: ``tall``, ``wide`` and the bias for all channels in the order of ``x``, [dim, ...], of which those of
+            ghosts leave them as they are; and ``kept`` and ``ghost`` one after the other, [dim].
         backend: ``'auto'``, ``'taichi'``, ``'torch'`` or None, see :func:`timm_shiftwise.ops.shift_add`.
 
     Returns:
@@ -68,7 +68,8 @@ def inference_conv2d(
                     x, kept, ghost, weight, horizontal, vertical, identity, factors, focus_length, padding, skip)
             if way == 'merged':
                 if _fast_channels_last(x):
-                    return _merged_channels_last(x, kept, ghost, spread)
+                    out = _merged_channels_last(x, *spread[:3])
+                    return _in_order(out, spread[3]) if len(ghost) > 0 else out
                 return _merged(x, kept, ghost, tall, wide, factors[3])
     has_ghosts = ghost.shape[0] > 0
     worked, ghosts = x, x
@@ -101,22 +102,17 @@ def _fast_channels_last(x: Tensor) -> bool:
         and torch.backends.cpu.get_cpu_capability() == 'AVX512')
 
 
-def _merged_channels_last(
-        x: Tensor,
-        kept: Tensor,
-        ghost: Tensor,
-        spread: tuple[Tensor, Tensor, Tensor],
-) -> Tensor:
-    """A tall and a wide convolution of all channels, ghosts too, which are then put into their order: no copies."""
-    tall, wide, bias = spread
+def _merged_channels_last(x: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> Tensor:
+    """A tall and a wide convolution of all channels, ghosts too: no copies."""
     height, width = x.shape[2], x.shape[3]
     out = depthwise_conv2d(x, within_reach(tall, height, width), bias)
-    out.add_(depthwise_conv2d(x, within_reach(wide, height, width)))
-    if len(ghost) == 0:
-        return out
-    rows = out.permute(0, 2, 3, 1)  # [B, H, W, dim]
-    order = torch.cat([kept, ghost]).expand(rows.shape)
-    return rows.gather(3, order).permute(0, 3, 1, 2)  # gather is twice as fast as index_select along the last axis
+    return out.add_(depthwise_conv2d(x, within_reach(wide, height, width)))
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Put the channels of a map that has them last in memory into an order; index_select takes twice as long."""
+    rows = x.permute(0, 2, 3, 1)  # [B, H, W, dim]
+    return rows.gather(3, order.expand(rows.shape)).permute(0, 3, 1, 2)
 
 
 def _merged(x: Tensor, kept: Tensor, ghost: Tensor, tall: Tensor, wide: Tensor, bias: Tensor) -> Tensor:

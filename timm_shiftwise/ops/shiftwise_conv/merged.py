@@ -71,6 +71,8 @@ def within_reach(kernel: Tensor, height: int, width: int) -> Tensor:
     """Cut off what only meets zeros: of kernels [C, rows, columns] of odd sides no more than 2 * H - 1 by 2 * W - 1."""
     rows, columns = kernel.shape[1], kernel.shape[2]
     above, left = max(rows // 2 - height + 1, 0), max(columns // 2 - width + 1, 0)
+    if above == left == 0:
+        return kernel
     return kernel[:, above:rows - above, left:columns - left]
 
 

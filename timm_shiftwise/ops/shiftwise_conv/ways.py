@@ -165,6 +165,10 @@ def choose_inference_way(
         return Choice(otherwise, f'the fused kernel is made for CPUs, and nothing was measured on {x.device.type}')
     if kernel_size > _LARGEST_UNROLLED:
         return Choice(otherwise, _TOO_LARGE)
+    most = max(limit for rows in _INFERENCE_LIMITS.values() for _, limit in rows)
+    if padding == 'full' and density > most and requested_backend(backend)[0] != 'taichi':
+        # said without a look at Taichi, which costs as much as a convolution of a small map
+        return Choice(otherwise, f'{density:.0%} of the groups are kept; beyond {most:.0%} it is faster on all maps')
     if choose_backend(backend, x.device) == 'torch':
         return Choice(otherwise, f'PyTorch is used ({explain_backend(backend, x.device).reason})')
     if padding != 'full':
