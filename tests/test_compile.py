@@ -101,8 +101,7 @@ def test_nothing_recompiles_while_masks_change():
     masks, counts = [], []
     for k in range(5):
         x = image(4, 3, 32, 48, seed=k)
-        # AdamW and BatchNorm enlarge what is rounded elsewhere, with the oldest PyTorch by more
-        assert_all_close(train_step(compiled, model, x), train_step(twin, twin, x), 3e-3, 3e-4)
+        assert_all_close(train_step(compiled, model, x), train_step(twin, twin, x), 1e-3, 1e-4)
         step()
         optimizer_twin.step()
         masks.append(torch.cat([layer.mask.flatten() for layer in model.sparsity.layers()]).clone())
@@ -127,7 +126,7 @@ def test_autocast_inside_the_graph(dtype):
         [(a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9) for a, b in zip(step, truth, strict=True)]
         for step in (seen, wanted))
     # the graph may round elsewhere, but loses no more of what matters
-    assert sum(off) < 1.2 * sum(twin_off) and max(off) < 1.4 * max(twin_off)
+    assert sum(off) < 1.2 * sum(twin_off) and max(off) < 1.2 * max(twin_off)
 
 
 @pytest.mark.slow
