@@ -40,9 +40,7 @@ def large_kernel_backward_taichi(
     n = square.shape[2]
     kind, real = kinds(x.dtype)
     summed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    kernels = [
-        kernel.detach().to(summed).contiguous()
-        for kernel in (wide.mT, tall, square)]
+    kernels = [kernel.detach().to(summed).contiguous() for kernel in (wide.mT, tall, square)]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     grads = [torch.zeros(kernel.shape if need_weight else [0], dtype=summed) for kernel in kernels]
     step = max(1, MAX_ELEMENTS // max(1, channels * height * width))
@@ -66,4 +64,3 @@ def large_kernel_backward_taichi(
                 total += share
     wide_gradient, *others = grads
     return grad_x if need_x else None, (wide_gradient.mT, *others) if need_weight else None
-

@@ -128,6 +128,7 @@ def limits(pixels: int, backward: bool) -> tuple[float, str]:
 # kept), 8.0 (0.7), 6.4 (0.5), 4.5 (0.3), 2.6 (0.1) with 16 lanes, 13.9, 11.6, 8.2, 5.3, 2.8 with 8; a tall and a wide
 # convolution 4.6 to 4.7. On smaller maps these are the faster ones, or as fast, down to 0.1.
 _INFERENCE_LIMITS = {16: ((2000, 0.3), (0, 0.)), 8: ((2000, 0.24), (0, 0.))}
+_MOST_AT_INFERENCE = max(limit for rows in _INFERENCE_LIMITS.values() for _, limit in rows)
 
 
 def choose_inference_way(
@@ -165,10 +166,10 @@ def choose_inference_way(
         return Choice(otherwise, f'the fused kernel is made for CPUs, and nothing was measured on {x.device.type}')
     if kernel_size > _LARGEST_UNROLLED:
         return Choice(otherwise, _TOO_LARGE)
-    most = max(limit for rows in _INFERENCE_LIMITS.values() for _, limit in rows)
-    if padding == 'full' and density > most and requested_backend(backend)[0] != 'taichi':
+    if padding == 'full' and density > _MOST_AT_INFERENCE and requested_backend(backend)[0] != 'taichi':
         # said without a look at Taichi, which costs as much as a convolution of a small map
-        return Choice(otherwise, f'{density:.0%} of the groups are kept; beyond {most:.0%} it is faster on all maps')
+        reason = f'{density:.0%} of the groups are kept; beyond {_MOST_AT_INFERENCE:.0%} it is faster on all maps'
+        return Choice(otherwise, reason)
     if choose_backend(backend, x.device) == 'torch':
         return Choice(otherwise, f'PyTorch is used ({explain_backend(backend, x.device).reason})')
     if padding != 'full':
