@@ -43,9 +43,7 @@ def registered_families() -> set[str]:
 
 def make(family: str, **kwargs) -> nn.Module:
     """A small network of a family, in training mode, about 40 % of its small kernels pruned."""
-    model = timm.create_model(FAMILIES[family], **{**TWO_STAGES, **kwargs})
-    unsettle(model)
-    return model
+    return unsettle(timm.create_model(FAMILIES[family], **{**TWO_STAGES, **kwargs}))
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -65,8 +63,11 @@ def image(*shape: int, seed: int = 0, **kwargs) -> Tensor:
 
 
 @torch.no_grad()
-def unsettle(model: nn.Module, seed: int = 0) -> None:
-    """Draw weights that keep the signal's size, and affine parameters, statistics and masks unlike the initial ones."""
+def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw weights that keep the signal's size, and affine parameters, statistics and masks unlike the initial ones.
+
+    Takes a network or one operator, and returns it.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
@@ -74,8 +75,8 @@ def unsettle(model: nn.Module, seed: int = 0) -> None:
 
     for module in model.modules():
         if isinstance(module, ShiftwiseConv2d):
-            uniform(module.weight, -0.3, 0.3)
-            module.mask.copy_(torch.rand(module.mask.shape, generator=generator) < 0.6)
+            uniform(module.kernels, -0.3, 0.3)
+            module.group_mask.copy_(torch.rand(module.group_mask.shape, generator=generator) < 0.6)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             bound = (3 / module.weight[0].numel()) ** 0.5
             uniform(module.weight, -bound, bound)
@@ -89,3 +90,4 @@ def unsettle(model: nn.Module, seed: int = 0) -> None:
             uniform(module.running_var, 0.5, 1.5)
         if isinstance(getattr(module, 'gamma', None), nn.Parameter):
             uniform(module.gamma, 0.3, 0.8)
+    return model

@@ -1,20 +1,21 @@
 """Agreement with the outputs of the authors' code (``tests/conformance``), and with their networks of other shapes."""
 import json
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from authors_networks import AuthorsNetwork
+from pairwise import pairwise
 from safetensors import safe_open
 from timm.utils import reparameterize_model
 from torch import Tensor
 
-import timm_shiftwise  # noqa: F401  (registers the models)
 from timm_shiftwise import geometry
 from timm_shiftwise.layers import ShiftwiseConv2d
+from timm_shiftwise.layers.wiring import stream_order
+from timm_shiftwise.models.layouts import released_channel_order
 
 FOLDER = Path(__file__).parent / 'conformance'
 TOLERANCE = dict(rtol=0, atol=1e-4)
@@ -48,9 +49,7 @@ def read_vector(name: str) -> tuple[AuthorsNetwork, dict[str, Tensor], dict[str,
     return network, state, {key: value for key, value in tensors.items() if not key.startswith('state/')}
 
 
-@pytest.mark.parametrize('merged', [False, True], ids=['paths', 'merged'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['float32', 'float64'])
-@pytest.mark.parametrize('vector, name', VECTORS)
+@pairwise({'vector, name': VECTORS, 'dtype': [torch.float32, torch.float64], 'merged': [False, True]})
 @torch.no_grad()
 def test_every_stage_agrees_with_the_authors_code(vector, name, dtype, merged, backend):
     network, state, tensors = read_vector(vector)
@@ -60,9 +59,10 @@ def test_every_stage_agrees_with_the_authors_code(vector, name, dtype, merged, b
         model = reparameterize_model(model)
     x = tensors['x'].to(dtype)
     last, stages = model.forward_intermediates(x)
-    for i, stage in enumerate(stages):
+    for i, stage in enumerate(released_channel_order(stages, model)):
         torch.testing.assert_close(stage, tensors[f'stage{i}'].to(dtype), **TOLERANCE)
-    torch.testing.assert_close(model.forward_head(last, pre_logits=True), tensors['pooled'].to(dtype), **TOLERANCE)
+    pooled = released_channel_order(model.forward_head(last, pre_logits=True), model)
+    torch.testing.assert_close(pooled, tensors['pooled'].to(dtype), **TOLERANCE)
     torch.testing.assert_close(model(x), tensors['logits'].to(dtype), **TOLERANCE)
 
 
@@ -93,22 +93,37 @@ OTHER_OPERATORS = [
 ]
 
 
-@pytest.mark.parametrize('name, shape', [
-    *product(['slak_tiny', 'eq_slak_tiny', 'sw_tiny', 'sw_v2_tiny'], OTHER_KERNELS),
-    *product(['sw_tiny', 'sw_v2_tiny'], OTHER_OPERATORS),  # SLaK has no ghosts, shuffles and paths
-], ids=str)
-@torch.no_grad()
-def test_networks_of_other_shapes_agree_with_their_description(name, shape, backend):
+def assert_agrees_with_its_description(name: str, shape: dict, backend: str) -> None:
     kind = name.removesuffix('_tiny').removeprefix('eq_')
     network = replace(AuthorsNetwork(kind, size=3 if kind == 'sw_v2' else 5), **shape)
     state = {key: value.double() for key, value in network.state(pruned=0.4).items()}
     model = timm.create_model(name, backend=backend, dtype=torch.float64, **network.model_args()).eval()
     model.load_state_dict(state)
     x = torch.randn(2, 3, 72, 45, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for seen, wanted in zip(model.forward_intermediates(x)[1], network.features(state, x), strict=True):
+    stages = released_channel_order(model.forward_intermediates(x)[1], model)
+    for seen, wanted in zip(stages, network.features(state, x), strict=True):
         torch.testing.assert_close(seen, wanted, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model(x), network.logits(state, x), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(reparameterize_model(model)(x), network.logits(state, x), rtol=1e-8, atol=1e-8)
+
+
+@pairwise({
+    'name': ['slak_tiny', 'eq_slak_tiny', 'sw_tiny', 'sw_v2_tiny'],
+    'shape': OTHER_KERNELS,
+    'backend': ['torch', 'taichi'],
+})
+@torch.no_grad()
+def test_networks_of_other_shapes_agree_with_their_description(name, shape, backend, request):
+    if backend == 'taichi':
+        request.getfixturevalue('needs_taichi')
+    assert_agrees_with_its_description(name, shape, backend)
+
+
+@pytest.mark.parametrize('name', ['sw_tiny', 'sw_v2_tiny'])  # SLaK has no ghosts, shuffles and paths
+@pytest.mark.parametrize('shape', OTHER_OPERATORS, ids=str)
+@torch.no_grad()
+def test_other_operators_agree_with_their_description(name, shape):
+    assert_agrees_with_its_description(name, shape, 'torch')
 
 
 @pytest.mark.parametrize('rule, dim, size', [('v1', 96, 5), ('v1', 192, 5), ('v2', 80, 3), ('v2', 96, 3)])
@@ -117,16 +132,17 @@ def test_the_wiring_at_real_widths_is_that_of_the_released_checkpoints(rule, dim
         ghost, shifts, picks = (
             file.get_tensor(f'{rule}_{dim}_{name}') for name in ('ghost', 'pad_hv', 'idx_identity'))
     layer = ShiftwiseConv2d(dim, 51, size, num_shuffles=4, ghost_ratio=0.23, ghost_split=rule)
-    assert layer.ghost.tolist() == ghost.tolist()
-    assert sorted(layer.kept.tolist() + ghost.tolist()) == list(range(dim))
+    order = stream_order(dim, 0.23, rule).tolist()
+    assert order == [channel for channel in range(dim) if channel not in ghost] + ghost.tolist()
+    assert layer.num_ghost == len(ghost)
 
     places = range(geometry.num_groups(51, size))
     shift_of_place = torch.tensor([geometry.shift(place, 51, size, 'full') for place in places])
     shift_of_map = [
         # the map at each place has that place's shift: [R, C, G] -> [R, C, G]
         torch.empty(table.shape, dtype=torch.int64).scatter_(2, table.long(), shift_of_place.expand(table.shape))
-        for table in (layer.horizontal, layer.vertical)
+        for table in layer.wiring[:, :, :-1].split(len(places), dim=2)
     ]
     assert torch.equal(torch.cat(shift_of_map).flatten(1).T, shifts.long())  # [C * G, 2 * R]
-    first_map = torch.arange(len(layer.kept)) * len(places)
-    assert torch.equal((first_map + layer.identity).T, picks.long())  # [C, R]
+    first_map = torch.arange(dim - len(ghost)) * len(places)
+    assert torch.equal((first_map + layer.wiring[:, :, -1]).T, picks.long())  # [C, R]

@@ -48,7 +48,7 @@ def network(name: str = 'test_sw', seed: int = 0, **kwargs) -> torch.nn.Module:
             value.uniform_(0.5, 2)
         elif key.endswith('.gamma'):
             value.uniform_(0.1, 1)
-        elif key.endswith('.mask'):
+        elif key.endswith('.group_mask'):
             value.copy_(torch.rand(value.shape) < 0.6)
     return model.eval()
 
@@ -231,7 +231,7 @@ def test_a_card_says_what_the_network_is_and_costs(tmp_path):
     assert f'Params (M): {sum(p.numel() for p in model.parameters()) / 1e6:.3g}' in card
     assert 'Image size: 64 x 64' in card and 'as trained' in card and 'Trained on flowers.' in card
     shares = [float(share) for share in re.findall(r'Stage \d: ([\d.]+)% of the groups pruned', card)]
-    masks = [[b.conv_dw.mask.flatten() for b in stage.blocks] for stage in model.stages]
+    masks = [[b.conv_dw.group_mask.flatten() for b in stage.blocks] for stage in model.stages]
     assert shares == pytest.approx([100 * (1 - torch.cat(m).float().mean().item()) for m in masks], abs=0.06)
     assert 'Results' not in card
     assert card.index('## Model Details') < card.index('## Model Usage') < card.index('## Citation')
@@ -554,7 +554,7 @@ def test_another_networks_weights_are_refused(tmp_path):
 
 def test_a_size_that_only_a_table_claims_is_not_built(tmp_path):
     state = network().state_dict()
-    state['stages.0.blocks.0.conv_dw.geometry'] = torch.tensor([2 ** 31 - 1, 5, 4], dtype=torch.int32)
+    state['stages.0.blocks.0.conv_dw.built_for'] = torch.tensor([2 ** 31 - 1, 5, 4], dtype=torch.int32)
     torch.save(state, tmp_path / 'weights.pth')
     began = time.monotonic()
     refused(tmp_path, tmp_path / 'weights.pth', r'groups, the network has focus_lengths=\(2147483647')

@@ -105,9 +105,9 @@ def train(
             loss += share.item()
         optimizer.step()
         losses.append(loss)
-        masks.append(torch.cat([operator.mask.flatten() for operator in operators]))
+        masks.append(torch.cat([operator.group_mask.flatten() for operator in operators]))
     state = get_model_state_dict(model, options=WHOLE)
-    memory = [optimizer.state[operator.weight]['exp_avg'] for operator in operators]
+    memory = [optimizer.state[operator.kernels]['exp_avg'] for operator in operators]
     memory = [part.full_tensor() if hasattr(part, 'full_tensor') else part for part in memory]
     return Result(losses, masks, state, memory)
 

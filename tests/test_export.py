@@ -11,6 +11,8 @@ import torch
 from families import FAMILIES, TWO_STAGES, each_family, image, make, merged
 from torch import Tensor, nn
 
+from timm_shiftwise.layers import MergedConv2d
+
 EXAMPLE = (2, 3, 48, 64)
 OTHER_SIZES = [(1, 3, 48, 64), (5, 3, 32, 40), (2, 3, 128, 384)]
 
@@ -63,42 +65,80 @@ def test_one_program_and_one_onnx_graph_for_every_size(family, form):
         torch.testing.assert_close(infer(session, x), wanted, rtol=0, atol=1e-4)
 
 
+SELECTING = (
+    'Gather', 'Concat', 'Slice', 'Split', 'index_select', 'gather', 'cat', 'slice', 'split', 'narrow', 'select')
+"""Operators, of ONNX and of PyTorch, that pick channels out of a map or put them together."""
+
+
+def operators_in_onnx(model: nn.Module, legacy: bool) -> Counter[str]:
+    """How often each operator occurs in a graph of ONNX, made by either of PyTorch's exporters."""
+    x = image(*EXAMPLE)
+    if not legacy:
+        return Counter(node.op_type for node in export_onnx(model).graph.node)
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False)
+    return Counter(node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node)
+
+
+def operators_in_program(model: nn.Module, traced: bool) -> Counter[str]:
+    """The same in an exported program, or in a TorchScript trace."""
+    if traced:
+        nodes = torch.jit.trace(model, image(*EXAMPLE)).inlined_graph.nodes()
+        return Counter(node.kind().removeprefix('aten::') for node in nodes)
+    graph = export_program(model).graph
+    return Counter(str(node.target).split('.')[1] for node in graph.nodes if node.op == 'call_function')
+
+
+GRAPHS = {
+    'onnx': lambda model: operators_in_onnx(model, legacy=False),
+    'onnx, legacy': lambda model: operators_in_onnx(model, legacy=True),
+    'program': lambda model: operators_in_program(model, traced=False),
+    'trace': lambda model: operators_in_program(model, traced=True),
+}
+
+
 @pytest.fixture(scope='module')
-def operators_of_convnext() -> set[str]:
-    """Types of the operators that timm's own ConvNeXt V2 is exported to."""
-    model = timm.create_model('convnextv2_tiny', depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), num_classes=10).eval()
-    return {node.op_type for node in export_onnx(model, (2, 3, 64, 96)).graph.node}
+def graphs_of_convnext() -> dict[str, Counter[str]]:
+    """Operators in each kind of graph of timm's own ConvNeXt, with as many blocks as the networks compared with it."""
+    model = timm.create_model('convnext_tiny', depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), num_classes=10).eval()
+    return {kind: count(model) for kind, count in GRAPHS.items()}
 
 
+@pytest.mark.parametrize('kind', GRAPHS)
 @pytest.mark.parametrize('family', [family for family in FAMILIES if family != 'p2_sw'])
 @torch.no_grad()
-def test_the_merged_graph_is_plain_convolutions(family, operators_of_convnext):
-    graph = export_onnx(merged(make(family))).graph
-    counts = Counter(node.op_type for node in graph.node)
-    blocks = sum(TWO_STAGES['depths'])
-    in_head = 1  # torch's exporter reads the pooled features through a Gather, timm's own convnext's too
-    # of the block, not the operator
-    allowed = {'BatchNormalization', 'Relu', 'Sigmoid'} if family == 'sw_v2' else set()
-    assert counts.keys() - operators_of_convnext - allowed <= {'Gather', 'Concat'}
-    if family in ('sw', 'sw_v2'):
-        assert counts['Gather'] == 2 * blocks + in_head  # the channels worked on, and the ghosts
-        assert counts['Concat'] == blocks
-    else:
-        assert counts['Gather'] == in_head and not counts['Concat']
+def test_nothing_is_selected_in_the_graph_of_a_merged_network(family, kind, graphs_of_convnext):
+    counts = GRAPHS[kind](merged(make(family)))
+    for name in SELECTING:
+        assert counts[name] <= graphs_of_convnext[kind][name], name
 
+
+@pytest.mark.parametrize('large_map', [True, False])
+@pytest.mark.parametrize('family', [family for family in FAMILIES if family != 'p2_sw'])
+@torch.no_grad()
+def test_the_graph_of_a_merged_operator_is_two_convolutions(family, large_map):
+    model = merged(make(family))
+    operators = [module for module in model.modules() if isinstance(module, MergedConv2d)]
+    assert all(operator.large_map for operator in operators), 'both stages have large maps'
+    for operator in operators:
+        operator.large_map = large_map
+    graph = export_onnx(model).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
     depthwise = [
         node for node in graph.node if node.op_type == 'Conv'
         and any(attribute.name == 'group' and attribute.i > 1 for attribute in node.attribute)]
-    assert len(depthwise) == 2 * blocks  # one tall, one wide
+    assert len(depthwise) == 2 * len(operators)  # one tall, one wide
+    is_wide = []
     for node in depthwise:
+        channels, one, rows, columns = constants[node.input[1]].dims
         (group,) = [attribute.i for attribute in node.attribute if attribute.name == 'group']
-        assert constants[node.input[1]].dims[0] == group  # no channel multiplier
-    for node in graph.node:
-        if node.op_type == 'Gather':
-            assert node.input[1] in constants
-            assert node.input[0] not in producers or producers[node.input[0]].op_type != 'Gather'
+        assert (channels, one) == (group, 1)  # no channel multiplier
+        is_wide.append(columns > rows)
+    assert sum(is_wide) == (0 if large_map else len(operators))
+    turned = [
+        node for node in graph.node if node.op_type == 'Transpose'
+        and [list(attribute.ints) for attribute in node.attribute] == [[0, 1, 3, 2]]]
+    assert len(turned) == (2 * len(operators) if large_map else 0)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The shape of the package: imports point downwards, the library does not print, and everything public is described."""
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def test_the_library_does_not_print(path):
 @each_file
 def test_everything_public_is_described(path):
     assert undescribed(path.read_text()) == []
+
+
+def test_the_order_of_channels_is_put_right_in_one_file():
+    knowing = {str(path.relative_to(ROOT)) for path in FILES if re.search(r'\bstream_order\b', path.read_text())}
+    assert knowing == {'layers/wiring.py', 'models/layouts.py'}
 
 
 @pytest.mark.parametrize('source', [

@@ -48,7 +48,7 @@ def prune(model: nn.Module, density: float) -> int:
     kept = 0
     blocks = [block for stage in model.stages for block in stage.blocks]
     for index, block in enumerate(blocks):
-        mask = block.conv_dw.mask
+        mask = block.conv_dw.group_mask
         count = max(1, int(mask.numel() * density) - index)
         mask.copy_(random_mask(tuple(mask.shape), count, 0, 0, index))
         kept += count
@@ -164,8 +164,8 @@ def test_multiply_adds_of_small_kernels_are_those_that_pytorch_counts(family):
     profile = profile_model(model, img_size=(64, 96))
     for stage, measured in zip(model.stages, profile.stages, strict=True):
         operator = stage.blocks[0].conv_dw
-        weight = operator.summed_weight().flatten(0, 1).unsqueeze(1)
-        x = torch.empty(1, len(operator.kept), measured.height, measured.width, device='meta')
+        weight = operator.kernels.sum(0).flatten(0, 1).unsqueeze(1)
+        x = torch.empty(1, len(weight) // operator.group_mask.shape[1], measured.height, measured.width, device='meta')
         with FlopCounterMode(display=False) as counter:
             F.conv2d(x, weight, padding=small_padding(operator.kernel_size, operator.padding), groups=x.shape[1])
         assert measured.depthwise.ours.multiply_adds == measured.blocks * counter.get_total_flops() // 2
@@ -205,7 +205,7 @@ def test_a_given_sparsity_prunes_every_layer_alike(family):
     shares = [.9, .5, .2]
     profile = profile_model(model, sparsity=shares)
     wanted = [
-        sum(uniform_counts([block.conv_dw.mask.numel()], share)[0] for block in stage.blocks)
+        sum(uniform_counts([block.conv_dw.group_mask.numel()], share)[0] for block in stage.blocks)
         for stage, share in zip(model.stages, shares, strict=True)
     ]
     assert [stage.kept for stage in profile.stages] == wanted
@@ -233,9 +233,7 @@ def test_a_merged_network_costs_what_it_holds_and_runs(family):
     merged = reparameterize_model(model)
     profile = profile_model(merged, img_size=64)
     operators = [block.conv_dw for stage in merged.stages for block in stage.blocks]
-    held = sum(
-        value.numel() for operator in operators for key, value in operator.state_dict().items()
-        if value.is_floating_point())
+    held = sum(value.numel() for operator in operators for value in operator.buffers() if value.is_floating_point())
     assert profile.whole.ours.parameters == held + sum(parameter.numel() for parameter in merged.parameters())
     assert profile.kept == kept
     assert profile.merged
@@ -244,7 +242,7 @@ def test_a_merged_network_costs_what_it_holds_and_runs(family):
         maps = [(stage.height * stage.width, stage.blocks) for stage in profile.stages]
         pixels = [pixels for pixels, blocks in maps for _ in range(blocks)]
         assert profile.depthwise.ours.multiply_adds == sum(
-            (operator.tall.numel() + operator.wide.numel()) * area
+            (operator.tall.weight.numel() + operator.wide.weight.numel()) * area
             for operator, area in zip(operators, pixels, strict=True))
     assert (profile.depthwise.ours.additions == 0) == runs_large
 
@@ -269,6 +267,22 @@ def test_the_way_is_the_choosers_with_its_reason(monkeypatch):
     assert 'PyTorch' in profile_model(build('p_sw')).stages[0].way.reason
     assert profile_model(build('slak')).stages[0].way.name == 'large'
     assert profile_model(reparameterize_model(build('p_sw'))).stages[0].way.name == 'merged'
+
+
+@each_family_of_groups
+@pytest.mark.usefixtures('needs_taichi')
+def test_the_way_is_chosen_by_the_groups_that_are_kept(family, monkeypatch):
+    for variable in ('TIMM_SHIFTWISE_WAY', 'TIMM_SHIFTWISE_BACKEND'):
+        monkeypatch.delenv(variable, raising=False)
+    model = build(family)
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.conv_dw.group_mask[:, 1:] = False  # one group of each channel
+    dense, sparse = profile_model(build(family)), profile_model(model)
+    given = profile_model(build(family), sparsity=1 - sparse.stages[0].density)
+    for profile, share in ((dense, 1.), (sparse, 1 / model.stages[0].blocks[0].conv_dw.group_mask.shape[1])):
+        assert f'{share:.0%} of the groups are kept' in profile.stages[0].way.reason
+    assert given.stages[0].way == sparse.stages[0].way
+    assert '100% of the groups' not in sparse.stages[0].way.reason
 
 
 # what is no cost
@@ -329,7 +343,8 @@ def test_every_operator_can_be_timed_and_stays_as_it_is(family, merged):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [stage.stage for stage in times] == [1, 2, 3]
     for stage in times:
-        assert [timed.density for timed in stage.operators] == ([1.] if family == 'slak' else [1., .1])
+        as_fast_whatever_is_kept = family == 'slak' or (merged and family != 'p2_sw')
+        assert [timed.density for timed in stage.operators] == ([1.] if as_fast_whatever_is_kept else [1., .1])
         for timed in stage.operators:
             assert timed.milliseconds > 0
             assert timed.ratio == stage.large_kernel_milliseconds / timed.milliseconds
@@ -378,16 +393,20 @@ def test_csv_has_a_row_for_each_part_that_adds_up(capsys):
     assert rows[1]['groups'] == str(num_groups(15, 5))
 
 
-@pytest.mark.parametrize('kwargs', [[], ['--model-kwargs', 'reparameterized=True']])
-def test_times_are_printed_in_every_format(capsys, kwargs):
+@pytest.mark.parametrize('densities, kwargs', [
+    (('1', '0.5'), []),
+    (('1',), ['--model-kwargs', 'reparameterized=True']),  # as fast whatever is kept
+])
+def test_times_are_printed_in_every_format(capsys, densities, kwargs):
     command = ['profile', 'test_sw', '--time', '--densities', '1', '0.5', '--repeats', '2', *kwargs]
     printed = run_json(capsys, *command)
-    assert [len(stage['operators']) for stage in printed['times']['stages']] == [2] * 4
+    assert [len(stage['operators']) for stage in printed['times']['stages']] == [len(densities)] * 4
     assert printed['times']['repeats'] == 2
     assert main([*command, '--format', 'csv']) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert float(rows[1]['time_ratio_at_0.5']) > 0
-    assert rows[0]['time_ratio_at_0.5'] == ''
+    for density in densities:
+        assert float(rows[1][f'time_ratio_at_{density}']) > 0
+        assert rows[0][f'time_ratio_at_{density}'] == ''
     assert main(command) == 0
     assert 'SLaK, ms' in capsys.readouterr().out
 
@@ -423,7 +442,7 @@ def test_a_hub_folder_is_measured(capsys, tmp_path, sparse, merge):
 def test_weights_that_come_with_a_network_are_measured(capsys):
     printed = run_json(capsys, 'profile', 'test_sw', '--pretrained')
     model = timm.create_model('test_sw', pretrained=True)
-    kept = sum(int(block.conv_dw.mask.sum()) for stage in model.stages for block in stage.blocks)
+    kept = sum(int(block.conv_dw.group_mask.sum()) for stage in model.stages for block in stage.blocks)
     assert printed['kept'] == kept
 
 

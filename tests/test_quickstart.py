@@ -99,7 +99,8 @@ def test_training_is_sparse_and_reports_every_step(folder):
     assert [now.step for now in progress] == [*range(1, steps + 1), steps]
     assert progress[-1].loss < progress[0].loss
     assert progress[-1].accuracy > 15
-    masks = torch.cat([module.mask.flatten() for module in model.modules() if isinstance(module, ShiftwiseConv2d)])
+    operators = [module for module in model.modules() if isinstance(module, ShiftwiseConv2d)]
+    masks = torch.cat([operator.group_mask.flatten() for operator in operators])
     assert masks.float().mean().item() == pytest.approx(0.6, abs=0.01)
 
 

@@ -1,8 +1,11 @@
-"""The code and the commands of the README, as they stand there."""
+"""What the documents say: their code and commands run, the files they name are there, their numbers were measured."""
+import csv
 import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +21,23 @@ from timm_shiftwise.cli import main
 from timm_shiftwise.cli.recipe import recipes
 from timm_shiftwise.models.pretrained import ORGANISATION
 
-README = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / 'timm_shiftwise'
+RESULTS = ROOT / 'benchmarks' / 'results'
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
+    for path in (*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'benchmarks' / 'README.md')}
+README = DOCUMENTS['README.md']
+MOST_WORDS = 1300
+FILES_OF_OTHERS = ('config.json', 'train.py')
+NAMES_OF_OTHERS = ('BatchNorm2d',)
 COMMANDS = [
     line.strip() for block in code_blocks(README, 'sh') for line in block.splitlines()
     if line.strip() and not line.startswith('#')]
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS') or 'TIMM_SCRIPTS is not set')
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+each_document = pytest.mark.parametrize('name', DOCUMENTS)
 
 
 @torch.inference_mode()
@@ -112,3 +126,149 @@ def test_timms_scripts_know_the_arguments_given(command):
         assert Path(words[at + 1]).is_file()
         del words[at:at + 2]
     runpy.run_path(str(SCRIPTS / name), run_name=name)['parser'].parse_args(words)
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= MOST_WORDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('code', [
+    pytest.param(code, id=f'{name}-{number}')
+    for name, text in DOCUMENTS.items() if name != 'README.md' for number, code in enumerate(code_blocks(text))])
+def test_the_code_of_every_other_document_runs(code, tmp_path):
+    run = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert run.returncode == 0, run.stderr
+
+
+@each_document
+def test_every_link_leads_somewhere(name):
+    targets = [target.partition('#')[0] for target in re.findall(r'\]\(([^)\s]+)\)', DOCUMENTS[name])]
+    folder = (ROOT / name).parent
+    assert [target for target in targets if not target.startswith('https://') and not (folder / target).exists()] == []
+
+
+@pytest.mark.parametrize('name', [name for name in DOCUMENTS if name != 'CHANGELOG.md'])  # it tells of what is gone
+def test_every_file_and_folder_named_is_there(name):
+    words = [word for code in re.findall(r'`([^`\n]+)`', DOCUMENTS[name]) for word in code.split()]
+    path = r'([\w.-]+/)+|([\w.-]+/)*[\w.-]+\.(py|md|csv|png|cff|cfg|toml)'
+    named = [word for word in words if re.fullmatch(path, word)]
+    folders = (ROOT, PACKAGE, (ROOT / name).parent, RESULTS)
+    missing = {word for word in named if not any((folder / word).exists() for folder in folders)}
+    missing = {word for word in missing if '/' in word or not any(PACKAGE.rglob(word))}
+    assert missing - set(FILES_OF_OTHERS) == set()
+
+
+@pytest.mark.parametrize('name', ['ARCHITECTURE.md', 'CONTRIBUTING.md'])
+def test_every_function_and_class_named_is_there(name):
+    named = {path.rpartition('.')[2] for path in re.findall(r'`([A-Za-z_][\w.]*)\(\)`', DOCUMENTS[name])}
+    named |= set(re.findall(r'`([A-Z][a-z]+[A-Z]\w*)`', DOCUMENTS[name]))
+    source = ''.join(path.read_text(encoding='utf-8') for path in PACKAGE.rglob('*.py'))
+    defined = set(re.findall(r'^ *(?:def|class) (\w+)', source, re.MULTILINE))
+    assert named - defined - set(NAMES_OF_OTHERS) == set()
+
+
+def test_the_documents_name_every_environment_variable_of_ours_and_no_other():
+    source = ''.join(path.read_text(encoding='utf-8') for path in PACKAGE.rglob('*.py'))
+    variables = set(re.findall(r"'(TIMM_[A-Z_]+)'", source))
+    told = re.findall(r'^\| `(TIMM_[A-Z_]+)`', DOCUMENTS['docs/environment.md'], re.MULTILINE)
+    assert sorted(told) == sorted(variables)
+    assert set(re.findall(r'\bTIMM_[A-Z_]+', ''.join(DOCUMENTS.values()))) <= variables
+
+
+def results(name: str) -> list[dict[str, str]]:
+    """Rows of a benchmark's CSV file."""
+    with (RESULTS / f'{name}.csv').open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def speed_lines() -> list[str]:
+    """Rows of the README's table of whole networks."""
+    over = {(row['network'], row['phase'], row['batch']): row['times_convnext'] for row in results('networks')}
+    exported = {row['model']: float(row['median_ms']) for row in results('export') if row['form'] == 'ONNX'}
+    dense = 'sw_tiny, dense'
+    return [f'| {what} | {float(value):.2f} |' for what, value in (
+        ('latency, batch 1', over[dense, 'latency', '1']),
+        ('latency, batch 4', over[dense, 'latency', '4']),
+        ('latency in ONNX Runtime, batch 1', exported['sw_tiny'] / exported['convnext_tiny']),
+        ('training step, batch 4', over[dense, 'training step', '4']),
+    )]
+
+
+def target_lines() -> list[str]:
+    """Rows of the benchmarks' table of ratios: all that have a bound, and those of maps that are channels last."""
+    rows = [row for name in ('operator', 'networks', 'export') for row in results(f'{name}_targets')] + shift_targets()
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        if row['bound'] or 'channels last' in row['what']:
+            groups.setdefault((row['what'], row['bound']), []).append(row)
+    lines = []
+    for (what, _), group in groups.items():
+        if len(group) > 4:
+            values = [float(row['value']) for row in group]
+            lines.append(target_line(what, f'{len(group)} cases', f'{min(values):.2f} to {max(values):.2f}', group))
+        elif all(re.fullmatch(r'stage \d', row['where']) for row in group):
+            stages, values = ' / '.join(row['where'][-1] for row in group), [float(row['value']) for row in group]
+            lines.append(target_line(what, f'stage {stages}', ' / '.join(f'{value:.2f}' for value in values), group))
+        else:
+            lines += [target_line(what, row['where'], f'{float(row["value"]):.2f}', [row]) for row in group]
+    return lines
+
+
+def target_line(what: str, where: str, measured: str, rows: list[dict[str, str]]) -> str:
+    """A row of that table, with what is alike in its cases said once."""
+    limits, verdicts = [f'{float(row["limit"] or 0):g}' for row in rows], [row['verdict'] for row in rows]
+    limit, verdict = (' / '.join(words[:1] if len(set(words)) == 1 else words) for words in (limits, verdicts))
+    if not rows[0]['bound']:
+        return f'| {what} | {where} | {measured} | | |'
+    return f'| {what} | {where} | {measured} | {rows[0]["bound"]} {limit} | {verdict} |'
+
+
+def shift_targets() -> list[dict[str, str]]:
+    """How many times as fast the Taichi shift-add is as the best of the ways in PyTorch, which is told to be 3."""
+    best: dict[tuple[str, str], float] = {}
+    for row in results('shift'):
+        if row['way'] != 'Taichi':
+            key = row['phase'], row['stage']
+            best[key] = min(float(row['times_taichi']), best.get(key, float('inf')))
+    return [
+        dict(what=f'Taichi shift-add, {phase}, times faster than the best way in PyTorch', where=f'stage {stage}',
+             value=str(value), bound='at least', limit='3', verdict='pass' if value >= 3 else 'short')
+        for (phase, stage), value in best.items()]
+
+
+def form_lines() -> list[str]:
+    """Rows of the benchmarks' table of forms that a network is handed on in."""
+    models = {}
+    for row in results('export'):
+        models.setdefault(row['model'], {})[row['form']] = row
+    lines = []
+    for model, forms in models.items():
+        onnx, int8 = forms['ONNX'], forms['ONNX, int8']
+        times = ' | '.join(
+            f'{float(forms[form]["median_ms"]):.3g}'
+            for form in ('eager', 'eager, merged', 'compiled, merged', 'ONNX', 'ONNX, int8'))
+        sizes = f'{float(forms["eager, merged"]["file_mb"]):.1f} / {float(int8["file_mb"]):.1f}'
+        errors = f'{float(onnx["difference"]):.1e} / {float(int8["difference"]):.2f}'
+        lines.append(f'| `{model}` | {times} | {sizes} | {errors} of {float(onnx["largest_logit"]):.1f} |')
+    return lines
+
+
+@pytest.mark.parametrize(('name', 'lines'), [
+    ('README.md', speed_lines), ('benchmarks/README.md', target_lines), ('benchmarks/README.md', form_lines)])
+def test_the_numbers_told_are_those_of_the_results(name, lines):
+    table = '\n'.join(lines())
+    assert table in DOCUMENTS[name], f'{name} should have these rows:\n{table}'
+
+
+def test_inception_next_is_as_much_faster_as_the_readme_says():
+    words = 'about twice as fast as `sw_tiny`, and well over one and a half times as fast as `convnext_tiny`'
+    assert words in ' '.join(README.split())
+    times = {
+        (row['network'], row['phase'], row['batch']): float(row['median_ms']) for row in results('networks')}
+    for (network, *setting), time in times.items():
+        ratio = time / times[('inception_next_tiny', *setting)]
+        assert network != 'sw_tiny, dense' or 1.75 < ratio < 2.25
+        assert network != 'convnext_tiny' or 1.6 < ratio < 2

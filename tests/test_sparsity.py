@@ -51,7 +51,7 @@ def train_steps(model, optimizer, steps: int, seed: int = 0, before=None) -> Non
 
 
 def masks_of(model) -> list[torch.Tensor]:
-    return [layer.mask.clone() for layer in model.modules() if isinstance(layer, ShiftwiseConv2d)]
+    return [layer.group_mask.clone() for layer in model.modules() if isinstance(layer, ShiftwiseConv2d)]
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -60,21 +60,21 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def test_a_pruned_group_is_silent_on_all_paths_and_gets_no_gradient():
     layer = ShiftwiseConv2d(4, 7, 3, num_paths=3, num_shuffles=2, backend='torch', dtype=torch.float64).eval()
-    layer.mask[1, 2] = layer.mask[3, 0] = False
+    layer.group_mask[1, 2] = layer.group_mask[3, 0] = False
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     out = layer(x)
     out.square().sum().backward()
-    pruned = ~layer.mask[None, :, :, None, None].expand_as(layer.weight)
-    assert layer.weight.grad[pruned].eq(0).all()
-    assert layer.weight.grad[~pruned].ne(0).all()
+    pruned = ~layer.group_mask[None, :, :, None, None].expand_as(layer.kernels)
+    assert layer.kernels.grad[pruned].eq(0).all()
+    assert layer.kernels.grad[~pruned].ne(0).all()
     with torch.no_grad():
-        layer.weight[pruned] = 100.
+        layer.kernels[pruned] = 100.
         assert torch.equal(layer(x), out)
 
 
 def test_a_channel_without_groups_keeps_its_skip():
     layer = ShiftwiseConv2d(3, 7, 3, backend='torch').eval()
-    layer.mask[1] = False
+    layer.group_mask[1] = False
     x = torch.randn(1, 3, 4, 4)
     # an untrained BatchNorm makes zero of zero
     torch.testing.assert_close(layer(x)[:, 1], x[:, 1])
@@ -148,9 +148,9 @@ def test_pruned_groups_stay_zero_under_every_optimizer(name):
     for step in range(6):
         train_steps(model, optimizer, 1, seed=step)
         for layer in model.sparsity.layers():
-            pruned = ~layer.mask[None, :, :, None, None].expand_as(layer.weight)
-            assert layer.weight[pruned].eq(0).all()
-            assert layer.weight.grad[pruned & (layer.weight == 0)].isfinite().all()
+            pruned = ~layer.group_mask[None, :, :, None, None].expand_as(layer.kernels)
+            assert layer.kernels[pruned].eq(0).all()
+            assert layer.kernels.grad[pruned & (layer.kernels == 0)].isfinite().all()
         seen.append(masks_of(model))
     assert model.sparsity.phase == RUNNING
     assert model.sparsity.step == 6
@@ -181,11 +181,11 @@ def test_a_grown_group_starts_from_zero_without_memory():
     before = masks_of(model)
     train_steps(model, optimizer, 1, seed=1)
     for layer, old in zip(model.sparsity.layers(), before, strict=True):
-        assert layer.mask.sum() == old.sum()
+        assert layer.group_mask.sum() == old.sum()
         # all groups were exchanged: whatever is kept now has grown just now
-        assert layer.weight.eq(0).all()
-        assert optimizer.state[layer.weight]['exp_avg'].eq(0).all()
-        assert optimizer.state[layer.weight]['exp_avg_sq'].eq(0).all()
+        assert layer.kernels.eq(0).all()
+        assert optimizer.state[layer.kernels]['exp_avg'].eq(0).all()
+        assert optimizer.state[layer.kernels]['exp_avg_sq'].eq(0).all()
 
 
 def test_masks_do_not_depend_on_the_global_generator_and_leave_it():
@@ -289,11 +289,11 @@ def test_frozen_layers_are_left_alone():
     model = make_model(prune_interval=1)
     model.stages[0].requires_grad_(False)
     frozen = model.stages[0].blocks[0].conv_dw
-    weight = frozen.weight.clone()
+    kernels = frozen.kernels.clone()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     train_steps(model, optimizer, 4)
-    assert frozen.mask.all() and torch.equal(frozen.weight, weight)
-    rest = [layer.mask for layer in model.sparsity.layers()[1:]]
+    assert frozen.group_mask.all() and torch.equal(frozen.kernels, kernels)
+    rest = [layer.group_mask for layer in model.sparsity.layers()[1:]]
     total = sum(m.numel() for m in rest)
     assert abs(sum(int(m.sum()) for m in rest) - 0.6 * total) <= 1
 
@@ -462,6 +462,6 @@ def test_slak_has_nothing_to_prune():
 def test_a_mask_of_the_wrong_shape_is_refused():
     model = make_model()
     state = model.state_dict()
-    state['stages.0.blocks.0.conv_dw.mask'] = torch.ones(3, 3, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match=r'stages\.0\.blocks\.0\.conv_dw\.mask'):
+    state['stages.0.blocks.0.conv_dw.group_mask'] = torch.ones(3, 3, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r'stages\.0\.blocks\.0\.conv_dw\.group_mask'):
         model.load_state_dict(state)

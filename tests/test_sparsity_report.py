@@ -39,14 +39,14 @@ def pruned(name: str, densities=DENSITIES, **kwargs) -> nn.Module:
     model = timm.create_model(name, **kwargs)
     for stage, density in zip(model.stages, densities, strict=False):
         for index, block in enumerate(stage.blocks):
-            mask = block.conv_dw.mask
+            mask = block.conv_dw.group_mask
             mask.copy_(random_mask(tuple(mask.shape), max(1, round(density * mask.numel())), 1, 0, index))
     return model
 
 
 def masks(model: nn.Module) -> list[torch.Tensor]:
     """The masks of a network that is not merged, in order."""
-    return [block.conv_dw.mask for stage in model.stages for block in stage.blocks]
+    return [block.conv_dw.group_mask for stage in model.stages for block in stage.blocks]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_kept_groups_are_those_of_the_masks_before_and_after_merging(name):
 
 def test_channels_without_a_group_are_counted():
     model = timm.create_model('test_sw')
-    mask = model.stages[0].blocks[0].conv_dw.mask
+    mask = model.stages[0].blocks[0].conv_dw.group_mask
     mask[[0, 3, 4]] = False
     mask[1, 0] = False
     layer = network_groups(model).stages[0].layers[0]
@@ -106,8 +106,8 @@ def test_the_table_shows_every_stage_and_layer(capsys, run_folder):
     assert 'trained sparse for 4,200 optimiser steps' in ' '.join(shown.split())
     state = torch.load(run_folder / 'last.pth.tar', weights_only=True)['state_dict']
     for key, mask in state.items():
-        if key.endswith('.mask'):
-            line = next(line for line in shown.splitlines() if key.removesuffix('.mask') in line)
+        if key.endswith('.group_mask'):
+            line = next(line for line in shown.splitlines() if key.removesuffix('.group_mask') in line)
             assert line.split()[1:4] == [str(mask.numel()), str(int(mask.sum())), f'{100 * mask.float().mean():.1f}']
     assert sum(line.startswith('stage ') for line in shown.splitlines()) == 4
 

@@ -132,10 +132,10 @@ def test_train_learns_and_keeps_a_moving_average(trained):
     assert max(row['eval_top1'] for row in rows) > 200 / len(CLASSES)
     state = checkpoint(trained)
     assert state['state_dict'].keys() == state['state_dict_ema'].keys()
-    weight, averaged = (state[name]['stages.0.blocks.0.conv_dw.weight'] for name in ('state_dict', 'state_dict_ema'))
+    weight, averaged = (state[name]['stages.0.blocks.0.conv_dw.kernels'] for name in ('state_dict', 'state_dict_ema'))
     assert (weight - averaged).abs().max() > 0
     for name, table in timm.create_model(MODEL).named_buffers():
-        if name.endswith(('.horizontal', '.vertical', '.identity', '.kept', '.ghost')):  # the wiring stays
+        if name.endswith(('.wiring', '.built_for')):  # the wiring stays
             assert torch.equal(state['state_dict'][name], table), name
             assert torch.equal(state['state_dict_ema'][name], table), name
 
@@ -279,9 +279,9 @@ def test_avg_checkpoints_averages_networks_of_different_masks(options, data, tra
     key = 'state_dict' if '--no-use-ema' in options else 'state_dict_ema'
     saved = [checkpoint(trained, path.name) for path in sorted((trained / 'run').glob('checkpoint-*.pth.tar'))]
     best = sorted(saved, key=lambda state: state['metric'])[-3:]  # a tie goes to the later name, as there
-    masks = [state[key]['stages.2.blocks.0.conv_dw.mask'] for state in best]
+    masks = [state[key]['stages.2.blocks.0.conv_dw.group_mask'] for state in best]
     assert any(not torch.equal(masks[0], mask) for mask in masks)
-    assert torch.equal(model.stages[2].blocks[0].conv_dw.mask, torch.stack(masks).any(0))
+    assert torch.equal(model.stages[2].blocks[0].conv_dw.group_mask, torch.stack(masks).any(0))
     top1 = result(execute(launch('validate.py', data, file), cwd=tmp_path))['top1']
     assert top1 > max(row['eval_top1'] for row in summary(trained)) - 15
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timm_shiftwise.geometry import check_geometry
 from timm_shiftwise.ops import in_autocast_dtype
 
-from .merged import MergedLargeKernelConv2d, fold_batch_norm, merge_large_kernels
+from .merged import MergedConv2d, fold_batch_norm
 
 
 @register_notrace_function  # what is inside chooses by dtype and device; a name with an underscore would be traced
@@ -27,6 +27,7 @@ class LargeKernelConv2d(nn.Module):
         dim: Number of channels in and out.
         focus_length: M, the long side in pixels.
         kernel_size: N, the short side in pixels.
+        large_map: Whether its maps are large, see :class:`.operator.Operator`.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters and BatchNorm statistics.
 
@@ -38,12 +39,23 @@ class LargeKernelConv2d(nn.Module):
         ValueError: If M or N is below 1.
     """
 
-    def __init__(self, dim: int, focus_length: int, kernel_size: int = 5, device=None, dtype=None) -> None:
+    def __init__(
+            self,
+            dim: int,
+            focus_length: int,
+            kernel_size: int = 5,
+            *,
+            large_map: bool = False,
+            device=None,
+            dtype=None,
+    ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_geometry(focus_length, kernel_size, 'full')
+        self.dim = dim
         self.focus_length = focus_length
         self.kernel_size = kernel_size
+        self.large_map = large_map
         self.conv_h = _depthwise(dim, kernel_size, focus_length, **dd)
         self.norm_h = nn.BatchNorm2d(dim, **dd)
         self.conv_v = _depthwise(dim, focus_length, kernel_size, **dd)
@@ -63,15 +75,15 @@ class LargeKernelConv2d(nn.Module):
 
     @torch.jit.ignore
     @torch.no_grad()
-    def fuse(self) -> MergedLargeKernelConv2d:
-        """The operator in its form for inference, same output; ``timm.utils.reparameterize_model`` calls it."""
-        dd = {'device': self.conv_h.weight.device, 'dtype': self.conv_h.weight.dtype}
-        merged = MergedLargeKernelConv2d(self.conv_h.in_channels, self.focus_length, self.kernel_size, **dd)
+    def fuse(self) -> MergedConv2d:
+        """The operator merged for inference, same output; ``timm.utils.reparameterize_model`` calls it."""
+        merged = MergedConv2d(
+            self.conv_h.in_channels, self.focus_length, self.kernel_size, operator='slak', large_map=self.large_map,
+            device=self.conv_h.weight.device, dtype=self.conv_h.weight.dtype)
         wide, bias_h = _folded(self.conv_h, self.norm_h)
         tall, bias_v = _folded(self.conv_v, self.norm_v)
         square, bias_i = _folded(self.conv_i, self.norm_i)
-        tall, wide = merge_large_kernels(wide, tall, square, self.focus_length)
-        merged.load_state_dict({'tall': tall, 'wide': wide, 'bias': bias_h + bias_v + bias_i})
+        merged.set_branches(wide, tall, square, bias_h + bias_v + bias_i)
         return merged.train(self.training)
 
 

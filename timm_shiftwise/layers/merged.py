@@ -1,108 +1,219 @@
-"""Operators in their form for inference: paths summed, BatchNorms folded, shuffles and repeats collapsed.
+"""Operators in their form for inference: everything merged into a tall and a wide depthwise convolution.
+
+Paths are summed, shuffles and repeats lie where they belong in the large kernels, the skip and the ghosts are kernels
+with a single one, BatchNorms are factors of kernels and a bias.
 
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3 (re-parameterisation; Eq. 1-3 read backwards).
 """
 import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from timm_shiftwise.geometry import check_geometry, num_groups, small_padding
-from timm_shiftwise.ops import in_autocast_dtype, inference_conv2d
-from timm_shiftwise.ops.shiftwise_conv.merged import (
-    add_centred,
-    assemble_kernels,
-    centred,
-    large_kernel_conv2d,
-    trimmed,
-)
+from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops.large_kernels import assemble_kernels, centred, grown, merged_sides, within_reach
+from timm_shiftwise.ops.tracing import graph_leaves_python
 
-from .wiring import split_ghost
+from .operator import Operator
+from .wiring import num_maps
 
 
-class MergedLargeKernelConv2d(nn.Module):
-    """SLaK's operator for inference: one tall and one wide depthwise convolution.
+class MergedConv2d(Operator):
+    """A tall and a wide depthwise convolution, added: what every operator with full padding merges to.
 
-    The square kernel lies within the tall one and is added there.
+    Both run over all channels; a ghost's kernels are zero but for a single element. The square kernel lies within the
+    tall one. Their sides follow from M and N alone.
 
     Args:
         dim: Number of channels in and out.
         focus_length: M in pixels.
         kernel_size: N in pixels.
-        device: Device of the buffers.
-        dtype: Floating point type of the buffers.
+        device: Device of parameters and buffers.
+        dtype: Floating point type of parameters.
+        settings: Further keywords of :class:`Operator`, of the operator that this stands for.
 
     Shape:
         - Input: [B, dim, H, W]
         - Output: [B, dim, H, W]
     """
 
-    tall: Tensor
-    wide: Tensor
-    bias: Tensor
-
-    def __init__(self, dim: int, focus_length: int, kernel_size: int = 5, device=None, dtype=None) -> None:
+    def __init__(
+            self, dim: int, focus_length: int, kernel_size: int = 5, *, device=None, dtype=None, **settings) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        check_geometry(focus_length, kernel_size, 'full')
-        tall, wide = merge_large_kernels(
-            torch.zeros(dim, kernel_size, focus_length, **dd),
-            torch.zeros(dim, focus_length, kernel_size, **dd),
-            torch.zeros(dim, kernel_size, kernel_size, **dd),
-            focus_length,
-        )
-        self.register_buffer('tall', tall)
-        self.register_buffer('wide', wide)
-        self.register_buffer('bias', torch.zeros(dim, **dd))
+        super().__init__(dim, focus_length, kernel_size, device=device, **settings)
+        long, short = merged_sides(focus_length, kernel_size, assembled=self.operator != 'slak')
+        self.tall = nn.Conv2d(dim, dim, (long, short), padding=(long // 2, short // 2), groups=dim, **dd)
+        self.wide = nn.Conv2d(dim, dim, (short, long), padding=(short // 2, long // 2), groups=dim, bias=False, **dd)
+
+    @torch.no_grad()
+    def set_branches(self, wide: Tensor, tall: Tensor, square: Tensor, bias: Tensor) -> None:
+        """Set the kernels from those of the three branches, BatchNorms and skip included; ghosts pass through.
+
+        Args:
+            wide: Kernels [C, N, columns] whose column M // 2 lies over the output's own position.
+            tall: Kernels [C, rows, N], likewise.
+            square: Kernels [C, N, N].
+            bias: Bias [C].
+        """
+        assert self.tall.bias is not None
+        row, middle = self.kernel_size // 2, self.focus_length // 2
+        tall_weight, wide_weight, worked = self.tall.weight, self.wide.weight, slice(self.num_worked)
+        for parameter in self.parameters():
+            parameter.zero_()
+        long, short = tall_weight.shape[2:]
+        tall = grown(centred(tall, middle, row), long, short) + grown(centred(square, row, row), long, short)
+        tall_weight[worked, 0] = tall.to(tall_weight.dtype)
+        wide_weight[worked, 0] = grown(centred(wide, row, middle), short, long).to(wide_weight.dtype)
+        self.tall.bias[worked] = bias.to(tall_weight.dtype)
+        tall_weight[self.num_worked:, 0, long // 2, short // 2] = 1
+
+    @torch.no_grad()
+    def fold_norm(self, norm: nn.BatchNorm2d) -> None:
+        """Take a BatchNorm that follows into the kernels and the bias."""
+        assert self.tall.bias is not None
+        scale, bias = fold_batch_norm(norm)
+        for conv in (self.tall, self.wide):
+            conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+        self.tall.bias.copy_(self.tall.bias.double() * scale + bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         refuse_training(self.training)
-        return large_kernel_conv2d(x, self.tall, self.wide, self.bias)
+        return merged_forward(
+            x, self.tall.weight, self.tall.bias, self.wide.weight, self.num_worked, self.large_map)
 
 
-class MergedShiftwiseConv2d(nn.Module):
-    """The shift-wise operator for inference.
+@register_notrace_function  # fx sees one node; what is inside chooses by layout and device
+def merged_forward(
+        x: Tensor,
+        tall: Tensor,
+        bias: Tensor | None,
+        wide: Tensor,
+        num_worked: int,
+        large_map: bool,
+) -> Tensor:
+    """A tall and a wide depthwise convolution, added, in whichever equal form is the fastest where it runs.
 
-    It holds one small kernel set (paths summed, pruned groups zero) and what the three BatchNorms amount to: a scale
-    for each branch and a bias. With ``padding='full'`` one tall and one wide kernel follow from these, as exact as the
-    operator itself; they are assembled whenever weights are loaded, and columns that no kept group touches are left
-    out. With ``padding='same'``, and where few groups are kept, the maps are still shifted and added.
+    Args:
+        x: Input [B, dim, H, W].
+        tall: Kernels [dim, 1, rows, columns] of odd sides.
+        bias: Bias [dim].
+        wide: Kernels [dim, 1, rows, columns] of odd sides.
+        num_worked: C; the channels behind them have kernels with a single element in the middle of the tall one.
+        large_map: See :class:`.operator.Operator`.
+
+    Returns:
+        Output [B, dim, H, W].
+    """
+    if torch.jit.is_scripting():
+        return _two_convolutions(x, tall, bias, wide, large_map)
+    else:
+        if graph_leaves_python():
+            return _two_convolutions(x, tall, bias, wide, large_map)
+        if torch.compiler.is_compiling() or x.device.type != 'cpu':
+            return _two_convolutions(x, tall, bias, wide, False)
+        assert bias is not None  # which TorchScript cannot know of a convolution
+        x = in_autocast_dtype(x)
+        tall, wide = _cut_to(x, tall), _cut_to(x, wide)
+        if _is_fast_channels_last(x):
+            return _with_channels_last(x, tall, bias, wide)
+        return _on_planes(x, tall, bias, wide, num_worked)
+
+
+def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(
+        x, kernel, bias, padding=[kernel.shape[2] // 2, kernel.shape[3] // 2], groups=kernel.shape[0])
+
+
+def _cut_to(x: Tensor, kernel: Tensor) -> Tensor:
+    """A kernel without what only meets zeros, where that is much: oneDNN passes over it, but at the cost of a copy."""
+    height, width = x.shape[2], x.shape[3]
+    much = kernel.shape[2] > 3 * height or kernel.shape[3] > 3 * width
+    return within_reach(kernel, height, width) if much else kernel
+
+
+def _two_convolutions(x: Tensor, tall: Tensor, bias: Tensor | None, wide: Tensor, transposed: bool) -> Tensor:
+    out = _depthwise(x, tall, bias)
+    if transposed:
+        return out + _depthwise(x.transpose(2, 3), wide.transpose(2, 3)).transpose(2, 3)
+    return out + _depthwise(x, wide)
+
+
+def _is_fast_channels_last(x: Tensor) -> bool:
+    """Whether a map has its channels last in memory and is one that oneDNN takes so at its best.
+
+    That is in float32, by whole vectors of channels, on processors with AVX-512. With AVX2 it would take up to twice as
+    long, and in bfloat16 oneDNN never returns from some wide kernels.
+    """
+    return (
+        x.dtype == torch.float32 and x.shape[1] % 16 == 0 and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.backends.cpu.get_cpu_capability() == 'AVX512')
+
+
+_TURNED_FROM = 500
+"""Pixels of a map from which oneDNN's wide kernels gain more on its tall ones than turning the map costs: 3 to 12 %."""
+
+
+def _with_channels_last(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor) -> Tensor:
+    """The same with channels last in memory; on large maps the tall kernel runs as a wide one of the transposed map."""
+    out = _depthwise(x, wide, bias)
+    if x.shape[2] * x.shape[3] >= _TURNED_FROM:
+        other = _depthwise(x.mT.contiguous(memory_format=torch.channels_last), tall.mT).mT
+    else:
+        other = _depthwise(x, tall)
+    return out + other if torch.is_grad_enabled() else out.add_(other)
+
+
+def _on_planes(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Tensor:
+    """The same on contiguous planes, ghosts by a product, in the layout of the input.
+
+    A wide kernel runs on the transposed map: PyTorch's kernels for contiguous maps are made for tall ones. On square
+    maps the two are one convolution of twice the channels, which threads share out more evenly.
+    """
+    worked = x[:, :num_worked].contiguous()
+    first, second, shift = tall[:num_worked], wide[:num_worked].mT.contiguous(), bias[:num_worked]
+    if x.shape[2] == x.shape[3]:
+        pair = _depthwise(
+            torch.cat([worked, worked.mT], dim=1), torch.cat([first, second]),
+            torch.cat([shift, torch.zeros_like(shift)]))
+        upright, turned = pair[:, :num_worked], pair[:, num_worked:].mT
+    else:
+        upright, turned = _depthwise(worked, first, shift), _depthwise(worked.mT.contiguous(), second).mT
+    scale = tall[num_worked:, 0, tall.shape[2] // 2, tall.shape[3] // 2].to(x.dtype)
+    ghosts = torch.addcmul(
+        bias[num_worked:, None, None].to(x.dtype), x[:, num_worked:], scale[:, None, None])
+    if torch.is_grad_enabled():
+        return torch.cat([upright + turned, ghosts], dim=1)
+    out = torch.empty_like(x)
+    torch.add(upright, turned, out=out[:, :num_worked])
+    out[:, num_worked:] = ghosts
+    return out
+
+
+class MergedShiftConv2d(Operator):
+    """What an operator with ``padding='same'`` merges to: windows dropped at the border leave the shift in place.
+
+    It holds one set of small kernels (paths summed, pruned groups zero) and what the three BatchNorms amount to.
 
     Args:
         dim: Number of channels in and out.
         focus_length: M in pixels.
         kernel_size: N in pixels.
-        operator: ``'sw'``, ``'p_sw'`` or ``'eq_slak'``, see :class:`ShiftwiseConv2d`.
-        num_paths: P of the operator this stands for; they are one here.
         num_shuffles: R.
-        ghost_ratio: Share of channels that pass through.
-        ghost_split: Rounding rule of that share.
-        padding: ``'full'`` or ``'same'``.
         backend: See :func:`timm_shiftwise.ops.shift_add`.
         device: Device of the buffers.
         dtype: Floating point type of the buffers.
+        settings: Further keywords of :class:`Operator`, of the operator that this stands for.
 
     Shape:
         - Input: [B, dim, H, W]
         - Output: [B, dim, H, W]
     """
 
-    weight: Tensor
-    scale_h: Tensor
-    scale_v: Tensor
-    scale_i: Tensor
-    bias: Tensor
-    kept: Tensor
-    ghost: Tensor
-    horizontal: Tensor
-    vertical: Tensor
-    identity: Tensor
-    tall: Tensor
-    wide: Tensor
-    spread_tall: Tensor
-    spread_wide: Tensor
-    spread_bias: Tensor
-    order: Tensor
+    kernels: Tensor
     factors: Tensor
+    wiring: Tensor
 
     def __init__(
             self,
@@ -110,123 +221,67 @@ class MergedShiftwiseConv2d(nn.Module):
             focus_length: int,
             kernel_size: int = 5,
             *,
-            operator: str = 'sw',
-            num_paths: int = 1,
             num_shuffles: int = 1,
-            ghost_ratio: float = 0.,
-            ghost_split: str = 'v1',
-            padding: str = 'full',
             backend: str | None = None,
             device=None,
             dtype=None,
+            **settings,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        check_geometry(focus_length, kernel_size, padding)
-        self.focus_length = focus_length
-        self.kernel_size = kernel_size
-        self.padding = padding
+        super().__init__(dim, focus_length, kernel_size, padding='same', device=device, **settings)
         self.backend = backend
-        self.inner_skip = operator == 'sw'
-        self.density = 1.
-        kept, ghost = split_ghost(dim, ghost_ratio, ghost_split)
-        channels, groups = len(kept), num_groups(focus_length, kernel_size)
-        maps = 2 * groups + 1 if operator == 'eq_slak' else groups
-        self.num_ghost = len(ghost)
-        table = {'dtype': torch.int32, 'device': device}
-        self.register_buffer('weight', torch.zeros(channels, maps, kernel_size, kernel_size, **dd))
-        for name in ('scale_h', 'scale_v', 'scale_i', 'bias'):
-            self.register_buffer(name, torch.zeros(channels, **dd))
-        self.register_buffer('kept', torch.zeros(channels, dtype=torch.int64, device=device))
-        self.register_buffer('ghost', torch.zeros(self.num_ghost, dtype=torch.int64, device=device))
-        self.register_buffer('horizontal', torch.zeros(num_shuffles, channels, groups, **table))
-        self.register_buffer('vertical', torch.zeros(num_shuffles, channels, groups, **table))
-        self.register_buffer('identity', torch.zeros(num_shuffles, channels, **table))
-        geometry = (focus_length, kernel_size, small_padding(kernel_size, padding))
-        self.register_buffer('geometry', torch.tensor(geometry, **table))
-        self.register_buffer('tall', torch.zeros(channels, 0, 0, **dd), persistent=False)
-        self.register_buffer('wide', torch.zeros(channels, 0, 0, **dd), persistent=False)
-        # the same for all channels as they come, of which ghosts are convolved with a single one
-        self.register_buffer('spread_tall', torch.zeros(dim, 0, 0, **dd), persistent=False)
-        self.register_buffer('spread_wide', torch.zeros(dim, 0, 0, **dd), persistent=False)
-        self.register_buffer('spread_bias', torch.zeros(dim, **dd), persistent=False)
-        # put together once for all calls
-        self.register_buffer('order', torch.cat([self.kept, self.ghost]), persistent=False)
-        self.register_buffer('factors', torch.zeros(4, channels, **dd), persistent=False)
-        self.assemble()
-
-    def assemble(self) -> None:
-        """Make the tall and the wide kernel of what the operator holds, and count what it keeps."""
-        self.order = torch.cat([self.kept, self.ghost])
-        self.factors = torch.stack([self.scale_h, self.scale_v, self.scale_i, self.bias])
-        if not self.weight.is_meta:
-            self.density = float((self.weight != 0).flatten(2).any(2).float().mean())
-        if self.padding != 'full':
-            return
-        wide, tall, square = assemble_kernels(self.weight, self.horizontal, self.vertical, self.identity)
-        square = square * self.scale_i[:, None, None]
-        if self.inner_skip:
-            # reading the input at the output's own position is a kernel with a single one
-            square[:, self.kernel_size // 2, self.kernel_size // 2] += 1
-        tall, wide = merge_large_kernels(
-            wide * self.scale_h[:, None, None], tall * self.scale_v[:, None, None], square, self.focus_length)
-        if not self.weight.is_meta:
-            tall, wide = trimmed(tall), trimmed(wide)
-        self.tall, self.wide = tall.contiguous(), wide.contiguous()
-        self.spread_tall, self.spread_wide = self._spread(self.tall), self._spread(self.wide)
-        self.spread_bias = self._spread(self.bias)
-        self.spread_tall[self.ghost, tall.shape[1] // 2, tall.shape[2] // 2] = 1
-
-    def _spread(self, values: Tensor) -> Tensor:
-        spread = values.new_zeros([len(self.kept) + self.num_ghost, *values.shape[1:]])
-        spread[self.kept] = values
-        return spread
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        geometry = (self.focus_length, self.kernel_size, small_padding(self.kernel_size, self.padding))
-        refuse_other_geometry(state_dict, prefix, geometry, args[-1])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.assemble()
+        self.inner_skip = self.operator == 'sw'
+        channels, places = self.num_worked, num_maps('eq_slak', focus_length, kernel_size)
+        self.register_buffer('kernels', torch.zeros(channels, self.num_maps, kernel_size, kernel_size, **dd))
+        self.register_buffer('factors', torch.zeros(4, channels, **dd))  # of the three branches, and a bias
+        self.register_buffer('wiring', torch.zeros(num_shuffles, channels, places, dtype=torch.int32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         refuse_training(self.training)
-        return inference_conv2d(
-            in_autocast_dtype(x),  # or the skip and the ghosts would make the output float32
-            self.kept,
-            self.ghost,
-            self.tall,
-            self.wide,
-            self.weight,
-            self.horizontal,
-            self.vertical,
-            self.identity,
-            self.factors,
-            self.focus_length,
-            self.padding,
-            self.inner_skip,
-            self.density,
-            (self.spread_tall, self.spread_wide, self.spread_bias, self.order),
-            self.backend,
-        )
+        x = in_autocast_dtype(x)
+        worked, ghosts = x.split([self.num_worked, self.num_ghost], dim=1)
+        worked = worked.contiguous()
+        h, v, i = shiftwise_conv2d(
+            worked, self.kernels, self.wiring, self.focus_length, 'same', self.group_mask, self.backend)
+        # under autocast the factors are of a higher precision than the branches
+        scale_h, scale_v, scale_i, bias = self.factors.to(h.dtype)[:, :, None, None].unbind(0)
+        out = torch.addcmul(bias, h, scale_h)
+        out = torch.addcmul(torch.addcmul(out, v, scale_v), i, scale_i)
+        if self.inner_skip:
+            out = out + worked
+        return torch.cat([out, ghosts], dim=1) if self.num_ghost > 0 else out
 
 
-def merge_large_kernels(wide: Tensor, tall: Tensor, square: Tensor, focus_length: int) -> tuple[Tensor, Tensor]:
-    """Put the square kernel into the tall one and centre both, so that symmetric padding serves.
+@torch.no_grad()
+def merge_shiftwise(
+        merged: MergedConv2d | MergedShiftConv2d,
+        kernels: Tensor,
+        wiring: Tensor,
+        scales: tuple[Tensor, Tensor, Tensor],
+        bias: Tensor,
+) -> None:
+    """Set an operator in its form for inference to what an operator of small kernels computes.
 
     Args:
-        wide: Kernels [C, N, L] whose column M // 2 lies over the output's own position.
-        tall: Kernels [C, L, N], likewise.
-        square: Kernels [C, N, N].
-        focus_length: M in pixels.
-
-    Returns:
-        The tall and the wide kernels, of odd sides.
+        merged: The operator to set, of the same geometry.
+        kernels: Small kernels [C, K, N, N], paths summed, pruned groups zero.
+        wiring: Kernel index at every place, integer [R, C, 2 * G + 1].
+        scales: What the wide, the tall and the centre branch are multiplied by, each [C].
+        bias: What is added, [C].
     """
-    size = square.shape[1]
-    tall = centred(tall, focus_length // 2, size // 2)
-    wide = centred(wide, size // 2, focus_length // 2)
-    return add_centred(tall, centred(square, size // 2, size // 2)), wide
+    if isinstance(merged, MergedShiftConv2d):
+        merged.kernels.copy_(kernels)
+        merged.wiring.copy_(wiring)
+        merged.factors.copy_(torch.stack([*scales, bias]))
+        return
+    wide, tall, square = (
+        kernel * scale[:, None, None] for kernel, scale in zip(assemble_kernels(kernels, wiring), scales, strict=True))
+    if merged.operator == 'sw':
+        # the skip, which reads the input at the output's own position, is a kernel with a single one
+        middle = merged.kernel_size // 2
+        square[:, middle, middle] += 1
+    merged.set_branches(wide, tall, square, bias)
 
 
 def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -234,20 +289,6 @@ def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     mean, variance = norm.get_buffer('running_mean').double(), norm.get_buffer('running_var').double()
     scale = norm.weight.detach().double() / (variance + norm.eps).sqrt()
     return scale, norm.bias.detach().double() - mean * scale
-
-
-def refuse_other_geometry(
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        geometry: tuple[int, int, int],
-        errors: list[str],
-) -> None:
-    """Add an error to a loading's list if the kernels were made for another (M, N, p); shapes alone do not tell M."""
-    held = state_dict.get(prefix + 'geometry')
-    if held is not None and not held.is_meta and tuple(held.tolist()) != geometry:
-        errors.append(
-            f'{prefix}geometry: the checkpoint was made for (focus length, kernel size, padding) '
-            f'{tuple(held.tolist())}, the layer is {geometry}.')
 
 
 def refuse_training(training: bool) -> None:

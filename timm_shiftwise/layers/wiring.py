@@ -2,12 +2,11 @@
 
 The released checkpoints do not hold these tables: they follow from fixed seeds, so loading such weights needs the same
 draws. All draws come from private generators; the global random state is neither read nor changed. Our own checkpoints
-keep the tables as persistent buffers.
+keep the table as a persistent buffer.
 
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.2 (ghost split, rearranged groups).
 """
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,22 +17,10 @@ from timm_shiftwise.geometry import num_groups
 RELEASED_SEED = 123
 """Seed of the released checkpoints' tables."""
 
+OPERATORS = ('sw', 'p_sw', 'eq_slak', 'slak')
+"""Operators, the last of large kernels and not of small ones."""
+
 GHOST_SPLITS = ('v1', 'v2')
-
-
-class Wiring(NamedTuple):
-    """Index tables of one branch set; every table lies on the CPU.
-
-    Attributes:
-        horizontal: Map index of each channel at every place of the wide branch, int32 [R, C, G].
-        vertical: The same for the tall branch, int32 [R, C, G].
-        identity: Map index of each channel's centre branch, int32 [R, C].
-        maps: K, the small kernels a channel has.
-    """
-    horizontal: Tensor
-    vertical: Tensor
-    identity: Tensor
-    maps: int
 
 
 @lru_cache(maxsize=64)
@@ -71,31 +58,47 @@ def split_ghost(dim: int, ghost_ratio: float, rule: str = 'v1') -> tuple[Tensor,
 
 
 @lru_cache(maxsize=64)
-def shuffled_wiring(
-        channels: int,
-        focus_length: int,
-        kernel_size: int,
-        num_shuffles: int,
-        natural_horizontal: bool = False,
-) -> Wiring:
-    """Branches that share their small kernels, each in an order of its own.
+def stream_order(dim: int, ghost_ratio: float, rule: str = 'v1') -> Tensor:
+    """Channels of a stage in the order its maps have them: those worked on, then the ghosts; int64 [dim].
+
+    Element ``i`` is the place that the released checkpoints give to channel ``i``. Arguments: :func:`split_ghost`.
+    """
+    return torch.cat(split_ghost(dim, ghost_ratio, rule))
+
+
+def num_maps(operator: str, focus_length: int, kernel_size: int) -> int:
+    """K, the small kernels of a channel: G where the branches share them, else 2 * G + 1; none for ``'slak'``."""
+    groups = num_groups(focus_length, kernel_size)
+    return {'eq_slak': 2 * groups + 1, 'slak': 0}.get(operator, groups)
+
+
+@lru_cache(maxsize=64)
+def released_wiring(operator: str, channels: int, focus_length: int, kernel_size: int, num_shuffles: int) -> Tensor:
+    """Which small kernel lies at every place of the three branches, as in the released checkpoints.
 
     Args:
+        operator: ``'sw'`` (an order of its own for each channel, in the wide and in the tall branch, and a random
+            kernel in the centre branch), ``'p_sw'`` (the same, the wide branch in natural order) or ``'eq_slak'`` (the
+            wide kernel's G pieces, the tall kernel's G pieces, the square kernel).
         channels: Worked-on channels, C.
         focus_length: M in pixels.
         kernel_size: N in pixels.
-        num_shuffles: R, how many orders are added up.
-        natural_horizontal: Leave the wide branch in natural order (the paper's p-SW).
+        num_shuffles: R, how many orders are added up; 1 for ``'eq_slak'``.
 
     Returns:
-        The tables, with K = G maps a channel.
+        Kernel index at every place of the wide branch, then of the tall branch, then of the centre branch; int32
+        [R, C, 2 * G + 1] on the CPU.
 
     Raises:
-        ValueError: If the number of shuffles is below 1.
+        ValueError: If the number of shuffles does not fit.
     """
     if num_shuffles < 1:
         raise ValueError(f'num_shuffles must be at least 1, got {num_shuffles}.')
     groups = num_groups(focus_length, kernel_size)
+    if operator == 'eq_slak':
+        if num_shuffles != 1:
+            raise ValueError(f"num_shuffles must be 1 for operator 'eq_slak', got {num_shuffles}.")
+        return torch.arange(2 * groups + 1, dtype=torch.int32, device='cpu').repeat(1, channels, 1)
     generator = torch.Generator(device='cpu').manual_seed(RELEASED_SEED)
 
     def orders() -> Tensor:
@@ -103,38 +106,13 @@ def shuffled_wiring(
             torch.randperm(groups, generator=generator, device='cpu')
             for _ in range(num_shuffles * channels)
         ]
-        return torch.stack(rows).view(num_shuffles, channels, groups).int()
+        return torch.stack(rows).view(num_shuffles, channels, groups)
 
-    horizontal, vertical = orders(), orders()
+    wide, tall = orders(), orders()
     picks = [torch.randint(0, groups, [channels], generator=generator, device='cpu') for _ in range(num_shuffles)]
-    if natural_horizontal:
-        horizontal = _natural_order(channels, 0, groups).expand(num_shuffles, -1, -1).contiguous()
-    return Wiring(horizontal, vertical, torch.stack(picks).int(), groups)
-
-
-@lru_cache(maxsize=64)
-def separate_wiring(channels: int, focus_length: int, kernel_size: int) -> Wiring:
-    """Branches with small kernels of their own, in natural order (the paper's eq-SLaK).
-
-    A channel has K = 2 * G + 1 maps: the wide kernel's G pieces, the tall kernel's G pieces, the square kernel.
-
-    Args:
-        channels: Worked-on channels, C.
-        focus_length: M in pixels.
-        kernel_size: N in pixels.
-
-    Returns:
-        The tables, with R = 1.
-    """
-    groups = num_groups(focus_length, kernel_size)
-    identity = torch.full([1, channels], 2 * groups, dtype=torch.int32, device='cpu')
-    return Wiring(_natural_order(channels, 0, groups), _natural_order(channels, groups, groups), identity, 2 * groups +
-    1)
-
-
-def _natural_order(channels: int, first: int, groups: int) -> Tensor:
-    order = torch.arange(first, first + groups, dtype=torch.int32, device='cpu')
-    return order.expand(1, channels, groups).contiguous()
+    if operator == 'p_sw':
+        wide = torch.arange(groups, device='cpu').expand_as(wide)
+    return torch.cat([wide, tall, torch.stack(picks)[:, :, None]], dim=2).int()
 
 
 def _int64(indices: np.ndarray) -> Tensor:

@@ -1,45 +1,84 @@
-"""Loading checkpoints: our own layout passes through, the authors' is translated, and what does not fit is refused.
+"""Loading checkpoints: our own layout passes through, others are translated, and what does not fit is refused.
 
-Everything is checked before anything is copied, so a checkpoint that is refused leaves the model as it was.
+Others are the authors' and that of version 0.1. Everything is checked before anything is copied, so a checkpoint that
+is refused leaves the model as it was.
 """
 import re
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from timm_shiftwise.geometry import num_groups, small_padding
-from timm_shiftwise.layers import ShiftwiseConv2d
-from timm_shiftwise.layers.wiring import separate_wiring, shuffled_wiring, split_ghost
+from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.sparsity import keep_masks
 
 from .description import describe_checkpoint
-from .layouts import MERGED_PATHS, CheckpointError, is_authors_layout, kept_groups, translate_authors_layout, unwrap
+from .layouts import (
+    AUTHORS,
+    MERGED_PATHS,
+    OWN,
+    VERSION_0_1,
+    CheckpointError,
+    Operator,
+    holds_stream,
+    is_reordered,
+    layout_of,
+    rename_version_0_1,
+    stream_orders,
+    to_stream_order,
+    told_orders,
+    translate_authors_layout,
+    unwrap,
+)
+from .recast import cut_large_kernels, merge_small_kernels, on_first_path, wrong_wiring
+from .resumed import refuse_state_of_old_order
 
 __all__ = ['CheckpointError', 'checkpoint_filter_fn', 'describe_checkpoint']
 
 _CLASSIFIER = 'head.fc.'
 _FIRST_CONV = 'stem.0.weight'
 _COUNTER = '.num_batches_tracked'
-_TABLES = ('horizontal', 'vertical', 'identity')
 _UNWRAPPED = ('stages.', 'head.', 'sparsity.')  # of which a wrapper for features may have no part
+_SAME_NETWORK = re.compile(r'(?:module\.|_orig_mod\.)*')  # prefixes of wrappers that add nothing behind the network
 _MAX_LISTED = 5
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+class _Translation(NamedTuple):
+    """A checkpoint in the network's layout.
+
+    Attributes:
+        state: The weights, by the network's names.
+        problems: What is wrong with them beyond names, shapes and values of single tensors.
+        is_whole: Whether nothing but a classifier may be missing or left over, whatever is asked for.
+        is_reordered: Whether channels were brought into another order.
+    """
+
+    state: dict[str, Tensor]
+    problems: list[str]
+    is_whole: bool = False
+    is_reordered: bool = False
+
+
+def checkpoint_filter_fn(
+        state_dict: Mapping[str, Any],
+        model: nn.Module,
+        features_only: bool = False,
+) -> dict[str, Tensor]:
     """Translate a checkpoint to the model's own layout.
 
-    Takes our own checkpoints (unchanged), SLaK's (into ``slak_*``, and cut into small kernels for ``eq_slak_*``) and
-    the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``). These hold no wiring, which follows from
-    its seed; groups that are exactly zero on all paths are pruned ones, and training on leaves them pruned. Where the
-    authors merged the paths, the first path gets the kernels and the others zeros.
+    Takes our own checkpoints (unchanged), those of version 0.1, SLaK's (into ``slak_*``, and cut into small kernels for
+    ``eq_slak_*``) and the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``). The authors' hold no
+    wiring, which follows from its seed; groups that are exactly zero on all paths are pruned ones, and training on
+    leaves them pruned. Where the authors merged the paths, the first path gets the kernels and the others zeros.
 
     Args:
         state_dict: A state dict, bare or under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
         model: The model that the weights are for.
+        features_only: Whether the model's feature maps are what it is for: a warning says so if their channels come in
+            another order than the checkpoint's.
 
     Returns:
         A state dict for ``model.load_state_dict``. The classifier and the first convolution's input channels are left
@@ -50,20 +89,23 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             message names the first few, and the call of ``timm.create_model`` that would fit. It is a ValueError.
     """
     raw, own = unwrap(state_dict), model.state_dict()
-    state, problems = _in_own_layout(raw, model, own)
-    problems += [
-        problem for key, problem in _misfits(state, own, adapted=(_FIRST_CONV,)) if not key.startswith(_CLASSIFIER)]
-    _refuse(problems, raw, own)
-    return state
+    found = _in_own_layout(raw, model, own)
+    problems = [
+        problem for key, problem in _misfits(found.state, own, adapted=(_FIRST_CONV,))
+        if not key.startswith(_CLASSIFIER)]
+    _refuse(found.problems + problems, raw, own)
+    _tell_order(found, model, shows_features=features_only or _has_no_classifier(own))
+    return found.state
 
 
 def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Mapping[str, Any]:
     """What a network can load without an error: the checkpoint itself if it is in the network's layout.
 
     Args:
-        state_dict: A state dict in our layout or the authors'.
+        state_dict: A state dict in our layout, version 0.1's or the authors'.
         model: The network.
-        strict: Whether keys may neither be missing nor left over. In a translated checkpoint only the classifier's may.
+        strict: Whether keys may neither be missing nor left over. In a checkpoint of the authors only the classifier's
+            may.
 
     Returns:
         A state dict in the network's layout.
@@ -72,12 +114,16 @@ def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Ma
         CheckpointError: As :func:`checkpoint_filter_fn`, input channels and, if ``strict``, the classifier included.
     """
     raw, own = unwrap(state_dict), model.state_dict()
-    state, problems = _in_own_layout(raw, model, own)
-    problems += [
+    found = _in_own_layout(raw, model, own)
+    state = found.state
+    problems = [
         problem for key, problem in _misfits(state, own)
-        if strict or (key in state and key in own) or (state is not raw and not key.startswith(_CLASSIFIER))
+        if strict or (key in state and key in own) or (found.is_whole and not key.startswith(_CLASSIFIER))
     ]
-    _refuse(problems, raw, own)
+    _refuse(found.problems + problems, raw, own)
+    _tell_order(found, model, shows_features=_has_no_classifier(own))
+    if not strict:
+        _warn_of_untold_order(raw, model)
     counters = {key: value for key, value in own.items() if key.endswith(_COUNTER) and key not in state}
     if counters and strict:
         return {**state, **counters}
@@ -85,7 +131,7 @@ def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Ma
 
 
 def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) -> None:
-    """Translate, in place, the part of a wrapper's state dict that is a network's, if it is in the authors' layout.
+    """Translate, in place, the part of a wrapper's state dict that is a network's, if it is in another layout.
 
     Args:
         state_dict: State dict of a module that holds the network, such as DistributedDataParallel.
@@ -93,24 +139,31 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
         model: The network.
 
     Raises:
-        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included.
+        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in a checkpoint of
+            version 0.1, or left over, is PyTorch's to say.
     """
     raw = _below(state_dict, prefix)
-    if not is_authors_layout(raw):
+    if layout_of(raw) == OWN:
         return
     own = model.state_dict()
-    state, problems = _in_own_layout(raw, model, own)
-    problems += [problem for key, problem in _misfits(state, own) if not key.startswith(_CLASSIFIER)]
-    _refuse(problems, raw, own)
+    found = _in_own_layout(raw, model, own)
+    problems = [
+        problem for key, problem in _misfits(found.state, own)
+        if (key in found.state and key in own) or (found.is_whole and not key.startswith(_CLASSIFIER))
+    ]
+    _refuse(found.problems + problems, raw, own)
     for key in raw:
         del state_dict[prefix + key]
-    state_dict.update((prefix + key, value) for key, value in state.items())
+    state_dict.update((prefix + key, value) for key, value in found.state.items())
+    inside = not _SAME_NETWORK.fullmatch(prefix)
+    _tell_order(found, model, shows_features=inside or _has_no_classifier(own))
 
 
 def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args) -> None:
     """Hook before a load: lets timm's ``features_only`` wrapper take a checkpoint of the whole network.
 
-    The wrapper holds the network's parts under names of its own; the head and later stages are left out.
+    The wrapper holds the network's parts under names of its own; the head and later stages are left out. What a wrapper
+    of version 0.1 saved is translated, too.
 
     Args:
         module: The wrapper.
@@ -119,25 +172,29 @@ def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: st
         args: The hook's further arguments, of no use here.
 
     Raises:
-        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included.
+        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in what a wrapper of
+            version 0.1 saved, or left over, is PyTorch's to say.
     """
-    raw = _below(state_dict, prefix)
-    wrapped = module.state_dict()
-    if not wrapped.keys().isdisjoint(raw):
+    held, wrapped = _below(state_dict, prefix), module.state_dict()
+    raw = {_network_name(key): value for key, value in held.items()}
+    is_wrappers = not wrapped.keys().isdisjoint(held)
+    if is_wrappers and layout_of(raw) == OWN:
         return
     names = {_network_name(key): key for key in wrapped}
     own = {name: wrapped[key] for name, key in names.items()}
-    state, problems = _in_own_layout(raw, module, own)
+    found = _in_own_layout(raw, module, own)
     parts = {_part(name) for name in names}
     state = {
-        key: value for key, value in state.items()
+        key: value for key, value in found.state.items()
         if _part(key) in parts or not key.startswith(_UNWRAPPED)
     }
-    problems += [problem for _, problem in _misfits(state, own)]
-    _refuse(problems, raw, own)
-    for key in raw:
+    problems = [
+        problem for key, problem in _misfits(state, own) if not is_wrappers or (key in state and key in own)]
+    _refuse(found.problems + problems, raw, own)
+    for key in held:
         del state_dict[prefix + key]
-    state_dict.update((prefix + names[key], value) for key, value in state.items())
+    state_dict.update((prefix + names.get(key, key), value) for key, value in state.items())
+    _tell_order(found, module, shows_features=True)
 
 
 def _below(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -154,11 +211,45 @@ def _part(key: str) -> str:
     return '.'.join(key.split('.')[:2])
 
 
-def _in_own_layout(
-        raw: dict[str, Tensor],
-        model: nn.Module,
-        own: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[str]]:
+def _has_no_classifier(own: Mapping[str, Tensor]) -> bool:
+    return f'{_CLASSIFIER}weight' not in own
+
+
+def _tell_order(found: _Translation, module: nn.Module, shows_features: bool) -> None:
+    """After weights were reordered: refuse an optimiser of their old order, and warn whoever reads features."""
+    if not found.is_reordered:
+        return
+    refuse_state_of_old_order(module)
+    if shows_features:
+        warnings.warn(
+            "The checkpoint has its channels in the released order, the network's features have them in another: "
+            'whatever was trained on such features expects timm_shiftwise.released_channel_order(features, model).',
+            stacklevel=3)
+
+
+def _warn_of_untold_order(raw: dict[str, Tensor], model: nn.Module) -> None:
+    """Warn of weights that write or read channels, but come without an operator, whose names tell the layout."""
+    operators = _operators(model)
+    if any('.conv_dw.' in key for key in raw) or not is_reordered(stream_orders(operators)):
+        return
+    if layout_of(raw) == OWN and holds_stream(raw, _generation(operators)):
+        warnings.warn(
+            'The checkpoint holds a part of a network without its operators, which does not tell the order of its '
+            'channels: it is taken to be of this version. A part of a network of version 0.1 or of the authors would '
+            'be loaded wrongly; load the whole.',
+            stacklevel=3)
+
+
+def _operators(model: nn.Module) -> dict[str, Operator]:
+    return {_network_name(name): module for name, module in model.named_modules() if isinstance(module, Operator)}
+
+
+def _generation(operators: Mapping[str, Operator]) -> str:
+    """Which stem and downsampling a network has that has these operators."""
+    return next((operator.ghost_split for operator in operators.values()), 'v1')
+
+
+def _in_own_layout(raw: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tensor]) -> _Translation:
     """Translate to the layout of a network, and add what another layout does not hold.
 
     Args:
@@ -167,25 +258,44 @@ def _in_own_layout(
         own: The network's own state, by its names.
 
     Returns:
-        The state, ``raw`` itself if it is in our layout and no average, and what is wrong with kernels that had to be
-        cut.
+        The translation; its state is ``raw`` itself if that is in our layout and no average.
     """
-    operators = {
-        _network_name(name): module for name, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
-    if is_authors_layout(raw):
-        state = translate_authors_layout(raw)
-    elif any(f'{name}.conv_h.weight' in raw for name, operator in operators.items() if operator.operator == 'eq_slak'):
+    operators, layout = _operators(model), layout_of(raw)
+    if layout == VERSION_0_1:
+        return _from_version_0_1(raw, operators, own)
+    if layout == AUTHORS:
+        orders = stream_orders(operators)
+        state, problems = to_stream_order(translate_authors_layout(raw), orders, _generation(operators))
+        problems += _complete(state, model, own)
+        return _Translation(state, problems, is_whole=True, is_reordered=is_reordered(orders))
+    if any(f'{name}.conv_h.weight' in raw for name, operator in operators.items() if operator.operator == 'eq_slak'):
         state = dict(raw)
-    else:
-        return _as_integers(raw, own), []
+        problems = _complete(state, model, own)
+        return _Translation(state, problems, is_whole=True)
+    return _Translation(_as_integers(raw, own), [])
+
+
+def _complete(state: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
+    """Add what a checkpoint of large kernels or of the authors does not hold.
+
+    Args:
+        state: Weights with our names, in our order of channels; changed in place.
+        model: The network, or a ``features_only`` wrapper.
+        own: The network's own state, by its names.
+
+    Returns:
+        What is wrong with kernels that had to be cut.
+    """
     problems = []
-    for name, operator in operators.items():
+    for name, operator in _operators(model).items():
+        if not isinstance(operator, ShiftwiseConv2d):
+            continue
         merged = state.pop(f'{name}.{MERGED_PATHS}', None)
         if merged is not None:
-            state[f'{name}.weight'] = _on_first_path(merged, operator)
-        elif operator.operator == 'eq_slak' and f'{name}.weight' not in state:
-            problems += _cut_large_kernels(state, name, operator)
-        state.update((f'{name}.{key}', table) for key, table in _released_tables(operator).items())
+            state[f'{name}.kernels'] = on_first_path(merged, operator)
+        elif operator.operator == 'eq_slak' and f'{name}.kernels' not in state:
+            problems += cut_large_kernels(state, name, operator)
+        state.update((f'{name}.{key}', table) for key, table in operator.released_tables().items())
     # what else there is keeps its value
     kept = {
         _network_name(f'{name}.{key}' if name else key)
@@ -195,7 +305,25 @@ def _in_own_layout(
     for key, value in own.items():
         if key in kept or key.endswith(_COUNTER):
             state.setdefault(key, torch.zeros_like(value, device='cpu') if value.is_meta else value)
-    return {_network_name(key): value for key, value in keep_masks(state, model).items()}, problems
+    state.update((_network_name(key), value) for key, value in keep_masks({}, model).items())
+    return problems
+
+
+def _from_version_0_1(
+        raw: dict[str, Tensor],
+        operators: Mapping[str, Operator],
+        own: Mapping[str, Tensor],
+) -> _Translation:
+    orders, problems = told_orders(raw, operators)
+    state = _as_integers(rename_version_0_1(raw), own)
+    for name, operator in operators.items():
+        if isinstance(operator, MergedConv2d):
+            problems += merge_small_kernels(state, name, operator)
+    problems += [
+        f'{key} does not go together with the other tensors of its operator'
+        for key in state if layout_of([key]) == VERSION_0_1]
+    state, untold = to_stream_order(state, orders, _generation(operators))
+    return _Translation(state, problems + untold, is_reordered=is_reordered(orders))
 
 
 def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,74 +343,9 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     for key, value in raw.items():
         if key in own and not own[key].is_floating_point() and value.is_floating_point() and not value.is_meta:
             up = value.ceil()
-            if torch.equal(up, value) or key.rpartition('.')[2] not in (*_TABLES, 'kept', 'ghost', 'geometry'):
+            if torch.equal(up, value) or key.rpartition('.')[2] not in ('wiring', 'built_for'):
                 changed[key] = up.to(own[key].dtype)
     return {**raw, **changed} if changed else raw
-
-
-def _released_tables(operator: ShiftwiseConv2d) -> dict[str, Tensor]:
-    """Index tables that follow from the released seed, and the geometry they are for."""
-    dim = len(operator.kept) + operator.num_ghost
-    kept, ghost = split_ghost(dim, operator.ghost_ratio, operator.ghost_split)
-    size = len(kept), operator.focus_length, operator.kernel_size
-    if operator.operator == 'eq_slak':
-        wiring = separate_wiring(*size)
-    else:
-        wiring = shuffled_wiring(*size, operator.horizontal.shape[0], natural_horizontal=operator.operator == 'p_sw')
-    pad = small_padding(operator.kernel_size, operator.padding)
-    return dict(
-        kept=kept,
-        ghost=ghost,
-        horizontal=wiring.horizontal,
-        vertical=wiring.vertical,
-        identity=wiring.identity,
-        geometry=torch.tensor((operator.focus_length, operator.kernel_size, pad), dtype=torch.int32),
-    )
-
-
-def _on_first_path(weight: Tensor, operator: ShiftwiseConv2d) -> Tensor:
-    """Merged kernels [1, C, G, N, N] as one of P paths whose others are zero."""
-    return F.pad(weight, (0, 0) * 4 + (0, operator.weight.shape[0] - 1))
-
-
-def _cut_large_kernels(state: dict[str, Tensor], name: str, operator: ShiftwiseConv2d) -> list[str]:
-    """Cut a wide and a tall kernel into G square pieces each (Shift-ConvNets, Eq. 1-3), zero past the focus length.
-
-    Args:
-        state: Weights of a SLaK network, in our layout; changed in place.
-        name: The operator's name.
-        operator: The operator that stands for the kernels.
-
-    Returns:
-        What is wrong with the kernels; if anything is, the operator's own weight stands in.
-    """
-    length, size, channels = operator.focus_length, operator.kernel_size, len(operator.kept)
-    sides = {'conv_h': (size, length), 'conv_v': (length, size), 'conv_i': (size, size)}
-    kernels, problems = [], []
-    for conv, (rows, columns) in sides.items():
-        key, wanted = f'{name}.{conv}.weight', (channels, 1, rows, columns)
-        kernel = state.pop(key, None)
-        if kernel is None:
-            problems.append(f'{key} is missing')
-        elif tuple(kernel.shape) != wanted:
-            problems.append(f'{key} has the shape {tuple(kernel.shape)}, the model stands for {wanted}')
-        else:
-            kernels.append(kernel.squeeze(1))
-    if problems:
-        state[f'{name}.weight'] = operator.weight.detach()
-        return problems
-    wide, tall, square = kernels
-    pieces = torch.cat([_cut_columns(wide, size), _cut_columns(tall.mT, size).mT, square[:, None]], dim=1)[None]
-    state[f'{name}.weight'] = _on_first_path(pieces, operator)  # [P, C, 2 * G + 1, N, N]
-    state[f'{name}.mask'] = kept_groups(pieces)
-    return []
-
-
-def _cut_columns(kernel: Tensor, size: int) -> Tensor:
-    """Cut [C, N, M] into [C, G, N, N]."""
-    groups = num_groups(kernel.shape[2], size)
-    kernel = F.pad(kernel, (0, groups * size - kernel.shape[2]))
-    return kernel.unflatten(2, (groups, size)).transpose(1, 2)
 
 
 def _misfits(
@@ -321,18 +384,12 @@ def _wrong_values(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tenso
     if not name.endswith('.conv_dw'):
         return ''
     value = state[key]
-    if buffer == 'geometry' and not own[key].is_meta and value.tolist() != own[key].tolist():
+    if buffer == 'built_for' and not own[key].is_meta and value.tolist() != own[key].tolist():
         return (
             f'{key}: the checkpoint was made for (focus length, kernel size, padding) {tuple(value.tolist())}, '
             f'the model is {tuple(own[key].tolist())}')
-    if buffer in _TABLES:
-        maps = own[f'{name}.weight'].shape[-3]
-        if value.is_floating_point() or value.is_complex() or value.min() < 0 or value.max() >= maps:
-            return f'{key} must hold integers of 0 to {maps - 1}, it has others'
-    if buffer == 'kept' and f'{name}.ghost' in state:
-        both = value.flatten().tolist() + state[f'{name}.ghost'].flatten().tolist()
-        if any(isinstance(channel, complex) for channel in both) or sorted(both) != list(range(len(both))):
-            return f'{key} and {name}.ghost do not name every channel once'
+    if buffer == 'wiring':
+        return wrong_wiring(key, value, own[f'{name}.kernels'].shape[-3])
     return ''
 
 

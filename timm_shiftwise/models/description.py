@@ -10,10 +10,20 @@ from torch import Tensor
 from timm_shiftwise.geometry import num_groups, small_padding
 from timm_shiftwise.layers.wiring import split_ghost
 
-from .layouts import MERGED_PATHS, CheckpointError, is_authors_layout, translate_authors_layout, unwrap
+from .layouts import (
+    AUTHORS,
+    MERGED_PATHS,
+    VERSION_0_1,
+    CheckpointError,
+    layout_of,
+    rename_version_0_1,
+    translate_authors_layout,
+    unwrap,
+)
 from .variants import SHIFTWISE, SHIFTWISE_V2
 
 _BLOCK = re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.')
+_TRANSLATIONS = {AUTHORS: translate_authors_layout, VERSION_0_1: rename_version_0_1}
 _DEFAULTS: dict[str, Any] = dict(
     ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full', ls_init_value=1e-6, reparameterized=False)
 
@@ -25,13 +35,13 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     arguments that must be given as well.
 
     Args:
-        state_dict: A state dict in our layout or the authors', bare or under ``model``, ``model_ema``, ``state_dict``
-            or ``state_dict_ema``.
+        state_dict: A state dict in our layout, that of version 0.1 or the authors', bare or under ``model``,
+            ``model_ema``, ``state_dict`` or ``state_dict_ema``.
 
     Returns:
         A dict with
 
-        * ``layout``: ``'timm-shiftwise'`` or ``'authors'``;
+        * ``layout``: ``'timm-shiftwise'``, that of version 0.1 included, or ``'authors'``;
         * ``family``: ``'sw'``, ``'sw_v2'``, ``'p_sw'``, ``'eq_slak'`` or ``'slak'``;
         * ``model``: the registered network of these depths and dims, or else the first of the family;
         * ``model_args``: the arguments in which the checkpoint's network differs from that one;
@@ -44,9 +54,9 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             missing.
     """
     state = unwrap(state_dict)
-    authors = is_authors_layout(state)
-    if authors:
-        state = translate_authors_layout(state)
+    layout = layout_of(state)
+    if layout in _TRANSLATIONS:
+        state = _TRANSLATIONS[layout](state)
     facts = _facts(state)
     family = facts.pop('family')
     model, variant = _nearest(family, facts)
@@ -57,7 +67,7 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         agrees = len(lengths) == len(facts['groups']) and all(
             num_groups(m, facts['kernel_size']) == g for m, g in zip(lengths, facts['groups'], strict=True))
         (assumed if agrees else unknown).append('focus_lengths')
-    if 'num_shuffles' not in facts and family in ('sw', 'sw_v2'):
+    if 'num_shuffles' not in facts and family in ('sw', 'sw_v2') and not facts['reparameterized']:
         assumed.append('num_shuffles')
     if 'padding' not in facts and family == 'p_sw':
         assumed.append('padding')
@@ -75,7 +85,7 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         'num_classes': get_pretrained_cfg_value(model, 'num_classes'), 'in_chans': channels,
     }
     return dict(
-        layout='authors' if authors else 'timm-shiftwise',
+        layout='authors' if layout == AUTHORS else 'timm-shiftwise',
         family=family,
         model=model,
         model_args={name: value for name, value in facts.items() if value != usual[name]},
@@ -85,84 +95,135 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _facts(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Arguments of the network that a state in our layout tells, and what else it tells of it."""
-    found = [match for match in map(_BLOCK.match, state) if match]
-    numbers = sorted({(int(match[1]), int(match[2])) for match in found})
-    depths = Counter(stage for stage, _ in numbers)
-    blocks = [f'stages.{i}.blocks.0' for i in range(len(depths))]
-    if not blocks or numbers != [(i, j) for i in range(len(depths)) for j in range(depths[i])]:
-        raise CheckpointError(f"The checkpoint is none of these networks': its keys begin with {_listed(state)}.")
+class _Blocks:
+    """The first block of each stage of a state in our layout, and what shapes it has.
 
-    def told(key: str, *axes: int) -> Tensor:
-        if key not in state:
-            raise CheckpointError(f'The checkpoint does not tell its network: {key} is missing.')
-        shape = tuple(state[key].shape)
-        if len(shape) not in axes or 0 in shape:
-            raise CheckpointError(f'The checkpoint does not tell its network: {key} has the shape {shape}.')
-        return state[key]
+    Args:
+        state: The state.
 
-    def every(suffix: str, *axes: int) -> list[Tensor]:
-        tensors = [told(name + suffix, *axes) for name in blocks]
+    Raises:
+        CheckpointError: If the blocks are not numbered as those of a network are.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        numbers = sorted({(int(match[1]), int(match[2])) for match in map(_BLOCK.match, state) if match})
+        depths = Counter(stage for stage, _ in numbers)
+        if not numbers or numbers != [(i, j) for i in range(len(depths)) for j in range(depths[i])]:
+            raise CheckpointError(f"The checkpoint is none of these networks': its keys begin with {_listed(state)}.")
+        self.state = state
+        self.depths = tuple(depths[i] for i in range(len(depths)))
+        self.names = [f'stages.{i}.blocks.0' for i in range(len(depths))]
+
+    def has(self, suffix: str) -> bool:
+        """Whether the first stage has a tensor of this name."""
+        return self.names[0] + suffix in self.state
+
+    def every(self, suffix: str, *axes: int) -> list[Tensor]:
+        """The tensor of this name of each stage, of one of the numbers of axes."""
+        tensors = [self.told(name + suffix, *axes) for name in self.names]
         if len({tensor.ndim for tensor in tensors}) > 1:
             raise CheckpointError(f'The checkpoint does not tell its network: {suffix[1:]} differs between its stages.')
         return tensors
 
-    def has(suffix: str) -> bool:
-        return blocks[0] + suffix in state
+    def told(self, key: str, *axes: int) -> Tensor:
+        """A tensor of one of the numbers of axes."""
+        if key not in self.state:
+            raise CheckpointError(f'The checkpoint does not tell its network: {key} is missing.')
+        shape = tuple(self.state[key].shape)
+        if len(shape) not in axes or 0 in shape:
+            raise CheckpointError(f'The checkpoint does not tell its network: {key} has the shape {shape}.')
+        return self.state[key]
 
+
+def _facts(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the network that a state in our layout tells, and what else it tells of it."""
+    blocks = _Blocks(state)
     facts: dict[str, Any] = dict(
-        depths=tuple(depths[i] for i in range(len(depths))),
-        dims=tuple(weight.shape[1] for weight in every('.mlp.fc1.weight', 2)),
-        num_classes=told('head.fc.weight', 2).shape[0] if 'head.fc.weight' in state else 0,
-        reparameterized=has('.conv_dw.bias'),
+        depths=blocks.depths,
+        dims=tuple(weight.shape[1] for weight in blocks.every('.mlp.fc1.weight', 2)),
+        num_classes=blocks.told('head.fc.weight', 2).shape[0] if 'head.fc.weight' in state else 0,
+        reparameterized=blocks.has('.conv_dw.tall.weight') or blocks.has('.conv_dw.factors'),
+        **_geometry_facts(blocks),
     )
     if 'stem.0.weight' in state:
-        facts['in_chans'] = told('stem.0.weight', 4).shape[1]
-    if not has('.gamma') and not facts['reparameterized']:
+        facts['in_chans'] = blocks.told('stem.0.weight', 4).shape[1]
+    if not blocks.has('.gamma') and not facts['reparameterized']:
         facts['ls_init_value'] = None
-    for wide in ('.conv_dw.conv_h.weight', '.conv_dw.wide'):
-        if has(wide):
-            _add_slak_facts(facts, every(wide, 3, 4))
-            return facts
-    weights = every(f'.conv_dw.{MERGED_PATHS}' if has(f'.conv_dw.{MERGED_PATHS}') else '.conv_dw.weight', 4, 5)
-    facts.update(kernel_size=weights[0].shape[-1], worked=tuple(weight.shape[-4] for weight in weights))
-    if weights[0].ndim == 5:
-        facts['num_paths'] = weights[0].shape[0]
-    maps = tuple(weight.shape[-3] for weight in weights)
-    # the ablation has one order and one path, and no channel passes through
-    family = 'sw'
-    if facts['worked'] == facts['dims'] and facts.get('num_paths', 1) == 1 and not has(f'.conv_dw.{MERGED_PATHS}'):
-        family = 'p_sw'
-    facts['groups'] = maps
-    if has('.conv_dw.horizontal'):
-        tables = every('.conv_dw.horizontal', 3)
-        facts.update(groups=tuple(table.shape[-1] for table in tables), num_shuffles=tables[0].shape[0])
-        if maps != facts['groups']:
-            family = 'eq_slak'
-        elif max(maps) > 1 and not any(table.is_meta for table in tables):
-            family = 'p_sw' if all(_is_natural(table) for table in tables) else 'sw'
-    facts['family'] = 'sw_v2' if has('.se.fc1.weight') else family
-    geometry = [state.get(f'{name}.conv_dw.geometry') for name in blocks]
-    if all(table is not None and not table.is_meta and table.numel() == 3 for table in geometry):
-        lengths, sizes, pads = zip(*(table.tolist() for table in geometry if table is not None), strict=True)
-        facts['focus_lengths'] = lengths
-        # the two policies agree for N = 1 and N = 2
-        facts['padding'] = 'full' if pads[0] == small_padding(sizes[0], 'full') else 'same'
+    if blocks.has('.conv_dw.conv_h.weight'):
+        _add_slak_facts(facts, blocks.every('.conv_dw.conv_h.weight', 4))
+    elif not blocks.has('.conv_dw.wide.weight'):
+        _add_small_kernel_facts(facts, blocks)
+    elif blocks.has('.conv_dw.group_mask'):
+        _add_merged_facts(facts, blocks)
+    else:
+        _add_slak_facts(facts, blocks.every('.conv_dw.wide.weight', 4))
+    if blocks.has('.se.fc1.weight'):
+        facts['family'] = 'sw_v2'
     return facts
+
+
+def _geometry_facts(blocks: _Blocks) -> dict[str, Any]:
+    """What the operators say that they are made for, if they do."""
+    told = [_geometry(blocks.state.get(f'{name}.conv_dw.built_for')) for name in blocks.names]
+    if not all(told):
+        return {}
+    lengths, sizes, pads = zip(*told, strict=True)
+    # the two policies agree for N = 1 and N = 2
+    padding = 'full' if pads[0] == small_padding(sizes[0], 'full') else 'same'
+    return dict(kernel_size=sizes[0], focus_lengths=lengths, padding=padding)
+
+
+def _geometry(table: Tensor | None) -> tuple[int, ...]:
+    """M, N and p of a table that holds them; empty for any other."""
+    if table is None or table.is_meta or table.is_complex() or table.numel() != 3:
+        return ()
+    values = table.flatten().double()
+    if not values.isfinite().all() or values[:2].min() < 1:
+        return ()
+    return tuple(int(value) for value in values.tolist())
 
 
 def _add_slak_facts(facts: dict[str, Any], wide: list[Tensor]) -> None:
     # [C, 1, N, M]; merged kernels of even sides have one row or column more
-    size = wide[0].shape[-2]
-    lengths = tuple(kernel.shape[-1] for kernel in wide)
+    size = facts.setdefault('kernel_size', wide[0].shape[-2])
+    lengths = facts.setdefault('focus_lengths', tuple(kernel.shape[-1] for kernel in wide))
     facts.update(
         family='slak',
-        kernel_size=size,
-        focus_lengths=lengths,
         groups=tuple(num_groups(m, size) for m in lengths),
         worked=facts['dims'],
     )
+
+
+def _add_small_kernel_facts(facts: dict[str, Any], blocks: _Blocks) -> None:
+    """Of operators that hold their small kernels: all that are trained, and merged ones with padding='same'."""
+    merged_paths = blocks.has(f'.conv_dw.{MERGED_PATHS}')
+    weights = blocks.every(f'.conv_dw.{MERGED_PATHS}' if merged_paths else '.conv_dw.kernels', 4, 5)
+    worked, maps = zip(*(weight.shape[-4:-2] for weight in weights), strict=True)
+    facts.update(kernel_size=weights[0].shape[-1], worked=worked, groups=maps)
+    if weights[0].ndim == 5:
+        facts['num_paths'] = weights[0].shape[0]
+    # the ablation has one order and one path, and no channel passes through
+    is_p_sw = worked == facts['dims'] and facts.get('num_paths', 1) == 1 and not merged_paths
+    facts['family'] = 'p_sw' if is_p_sw else 'sw'
+    if not blocks.has('.conv_dw.wiring'):
+        return
+    tables = blocks.every('.conv_dw.wiring', 3)
+    facts.update(groups=tuple(table.shape[2] // 2 for table in tables), num_shuffles=tables[0].shape[0])
+    if maps != facts['groups']:
+        facts['family'] = 'eq_slak'
+    elif max(maps) > 1 and not any(table.is_meta for table in tables):
+        facts['family'] = 'p_sw' if all(_is_natural(table[:, :, :table.shape[2] // 2]) for table in tables) else 'sw'
+
+
+def _add_merged_facts(facts: dict[str, Any], blocks: _Blocks) -> None:
+    """Of operators that hold a tall and a wide kernel that are made of small ones."""
+    worked, maps = zip(*(mask.shape for mask in blocks.every('.conv_dw.group_mask', 2)), strict=True)
+    size = facts.setdefault('kernel_size', blocks.told(f'{blocks.names[0]}.conv_dw.wide.weight', 4).shape[-2])
+    groups = tuple(num_groups(length, size) for length in facts.get('focus_lengths', ()))
+    is_eq_slak = maps == tuple(2 * count + 1 for count in groups)
+    # merged, the ablation is an operator without ghosts like any other
+    family = 'eq_slak' if is_eq_slak else 'p_sw' if worked == facts['dims'] else 'sw'
+    facts.update(family=family, worked=worked, groups=groups if is_eq_slak else maps)
 
 
 def _is_natural(table: Tensor) -> bool:

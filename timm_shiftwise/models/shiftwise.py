@@ -10,7 +10,7 @@ Paper: `Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects` - 
 
 The networks have ConvNeXt's four stages (https://arxiv.org/abs/2201.03545). The operator that mixes pixels is one of:
 
-* ``sw``: small kernels shared by a horizontal, a vertical and a centre branch, shifted to their places in several
+* ``sw``: small kernels shared by a wide, a tall and a centre branch, shifted to their places in several
   orders, beside ghost channels (Section 3);
 * ``p_sw``: the paper's ablation, shared small kernels in one order;
 * ``eq_slak``: small kernels of each branch's own in natural order, equal to SLaK's large kernels (Eq. 1-3);
@@ -47,8 +47,8 @@ from torch import Tensor, nn
 
 from timm_shiftwise.layers import (
     LargeKernelConv2d,
-    MergedLargeKernelConv2d,
-    MergedShiftwiseConv2d,
+    MergedConv2d,
+    MergedShiftConv2d,
     ShiftwiseConv2d,
 )
 from timm_shiftwise.sparsity import SparsitySchedule, keep_masks
@@ -278,22 +278,21 @@ class ShiftwiseNet(nn.Module):
                 padding=padding,
                 sparsity=sparsity,
             )
-            conv_layer: Callable[..., nn.Module] = partial(
-                MergedLargeKernelConv2d if reparameterized else LargeKernelConv2d, kernel_size=kernel_size)
-        else:
-            conv_layer = partial(
-                MergedShiftwiseConv2d if reparameterized else ShiftwiseConv2d,
-                kernel_size=kernel_size,
-                operator=operator,
-                ghost_ratio=ghost_ratio,
-                ghost_split=self.ghost_split,
-                num_paths=num_paths,
-                num_shuffles=num_shuffles,
-                padding=padding,
-                backend=backend,
-            )
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.ghost_ratio = ghost_ratio
+        conv_layer = partial(
+            _conv_layer,
+            operator,
+            reparameterized,
+            kernel_size=kernel_size,
+            ghost_ratio=ghost_ratio,
+            ghost_split=self.ghost_split,
+            num_paths=num_paths,
+            num_shuffles=num_shuffles,
+            padding=padding,
+            backend=backend,
+        )
         self.drop_rate = drop_rate
         self.feature_info = []
 
@@ -306,7 +305,7 @@ class ShiftwiseNet(nn.Module):
                 dims[max(i - 1, 0)],
                 dim,
                 depth=depth,
-                conv_layer=partial(conv_layer, focus_length=focus_length),
+                conv_layer=conv_layer(focus_length=focus_length, large_map=i < _STAGES_OF_LARGE_MAPS),
                 block_layer=partial(self.block_layer, reparameterized=reparameterized),
                 downsample_layer=self.downsample_layer if i > 0 else None,
                 drop_path_rates=drop_path_rates[i],
@@ -340,7 +339,7 @@ class ShiftwiseNet(nn.Module):
         named_apply(_init_weights, self)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load a checkpoint of our own layout or the authors', see :func:`checkpoint_filter_fn`.
+        """Load a checkpoint of our layout, version 0.1's or the authors', see :func:`checkpoint_filter_fn`.
 
         Nothing is copied unless everything fits.
 
@@ -477,6 +476,24 @@ class ShiftwiseNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+_STAGES_OF_LARGE_MAPS = 2
+"""Stages whose maps are large enough to be transposed in exported graphs: 56 x 56 and 28 x 28 of 224 pixels."""
+
+
+def _conv_layer(operator: str, reparameterized: bool, **settings) -> Callable[..., nn.Module]:
+    """What makes the operator of a block: called with its channels and its own keywords."""
+    if operator == 'slak' and not reparameterized:
+        names = ('focus_length', 'kernel_size', 'large_map')
+        return partial(LargeKernelConv2d, **{name: settings[name] for name in names})
+    layer: Callable[..., nn.Module] = ShiftwiseConv2d
+    unused: tuple[str, ...] = ()
+    if reparameterized and settings['padding'] == 'full':
+        layer, unused = MergedConv2d, ('num_paths', 'num_shuffles', 'padding', 'backend')
+    elif reparameterized:
+        layer, unused = MergedShiftConv2d, ('num_paths', 'padding')
+    return partial(layer, operator=operator, **{name: value for name, value in settings.items() if name not in unused})
+
+
 def _refuse_for_slak(**settings) -> None:
     plain = dict(ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full', sparsity=0.)
     for name, value in settings.items():
@@ -491,9 +508,13 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
             nn.init.zeros_(module.bias)
 
 
-def _filter_pretrained(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def _filter_pretrained(
+        state_dict: Mapping[str, Any],
+        model: nn.Module,
+        features_only: bool = False,
+) -> dict[str, Tensor]:
     # whoever starts from published weights fine-tunes them: their masks stay
-    return keep_masks(checkpoint_filter_fn(state_dict, model), model)
+    return keep_masks(checkpoint_filter_fn(state_dict, model, features_only), model)
 
 
 def create_shiftwise(
@@ -508,7 +529,7 @@ def create_shiftwise(
             model_cls,
             variant,
             pretrained,
-            pretrained_filter_fn=_filter_pretrained,
+            pretrained_filter_fn=partial(_filter_pretrained, features_only=bool(kwargs.get('features_only'))),
             feature_cfg=dict(out_indices=tuple(range(len(kwargs['depths']))), flatten_sequential=True),
             **kwargs,
         )

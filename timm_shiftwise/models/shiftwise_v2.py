@@ -24,6 +24,7 @@ from timm.layers import DropPath, GlobalResponseNormMlp, LayerNorm2d, SqueezeExc
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.layers.merged import fold_batch_norm
 
 from .pretrained import LICENSE_OF_THE_AUTHORS, hub_id
@@ -47,7 +48,8 @@ class ShiftwiseBlockV2(nn.Module):
         act_layer: Activation between the linear layers.
         norm_layer: Normalisation of a [B, C, H, W] tensor.
         drop_path: Stochastic depth rate of the block.
-        reparameterized: Build the form for inference, without layer scale and the norm before it.
+        reparameterized: Build the form for inference, without layer scale and the norm before it, and without the one
+            that the operator takes in.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters.
     """
@@ -71,7 +73,7 @@ class ShiftwiseBlockV2(nn.Module):
         if reparameterized:
             ls_init_value = None
         self.conv_dw = conv_layer(dim, **dd)
-        self.norm = norm_layer(dim, **dd)
+        self.norm = nn.Identity() if isinstance(self.conv_dw, MergedConv2d) else norm_layer(dim, **dd)
         self.se = SqueezeExcite(dim, rd_channels=int(dim * se_ratio), **dd)
         # the bias of the second linear layer would vanish in the norm that follows
         self.mlp = GlobalResponseNormMlp(
@@ -97,12 +99,17 @@ class ShiftwiseBlockV2(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Fold GRN's bias, the last norm and the layer scale into the second linear layer.
+        """Merge for inference: ``timm.utils.reparameterize_model`` calls it.
 
-        ``timm.utils.reparameterize_model`` calls it. Squeeze-excitation and the norm before it stay.
+        The norm behind the operator goes into its kernels, GRN's bias, the last norm and the layer scale into the
+        second linear layer. Squeeze-excitation stays.
         """
         if isinstance(self.norm_mlp, nn.Identity):
             return
+        self.conv_dw = merged = cast(ShiftwiseConv2d, self.conv_dw).fuse()
+        if isinstance(merged, MergedConv2d):
+            merged.fold_norm(cast(nn.BatchNorm2d, self.norm))
+            self.norm = nn.Identity()
         fc2, grn = self.mlp.fc2, self.mlp.grn
         scale, bias = fold_batch_norm(cast(nn.BatchNorm2d, self.norm_mlp))
         bias = bias + scale * (fc2.weight.double() @ grn.bias.double())

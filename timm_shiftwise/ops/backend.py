@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import taichi_runtime
+from .taichi import runtime
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def explain_backend(requested: str | None, device: torch.device) -> BackendChoic
     requested, source = requested_backend(requested)
     if requested == 'torch':
         return BackendChoice('torch', f'asked for by {source}')
-    obstacle = taichi_runtime.obstacle(device)
+    obstacle = runtime.obstacle(device)
     if requested == 'taichi':
         if obstacle is not None:
             raise RuntimeError(f"{source} asks for 'taichi', which cannot run here: {obstacle}.")
@@ -100,7 +100,7 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
         # a device that Taichi never serves is no surprise worth a warning
-        level = logging.WARNING if device.type in taichi_runtime.DEVICE_TYPES else logging.DEBUG
+        level = logging.WARNING if device.type in runtime.DEVICE_TYPES else logging.DEBUG
         _logger.log(
             level,
             'Shift-wise operators run in plain PyTorch, not in Taichi: %s. (%s=torch asks for this and is silent.)',

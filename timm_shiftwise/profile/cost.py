@@ -149,19 +149,15 @@ def small_kernels(
     )
 
 
-def assembled_kernels(held: int, kept: int, kernel_size: int, assembled: int, height: int, width: int) -> Cost:
-    """A shift-wise operator merged for inference: it holds small kernels and runs the two large ones made of them.
+def merged_kernels(weights: int, height: int, width: int) -> Cost:
+    """A shift-wise operator merged for inference: a tall and a wide kernel, pruned groups zeros within them.
 
     Args:
-        held: Small kernels of all channels together.
-        kept: Those of them that are not zero.
-        kernel_size: N in pixels.
-        assembled: Weights of the tall and of the wide kernel of all channels together.
+        weights: Weights of both of all channels together.
         height: H of the map.
         width: W of the map.
     """
-    area = kernel_size * kernel_size
-    return Cost(held * area, kept * area, assembled * height * width)
+    return Cost(weights, weights, weights * height * width)
 
 
 def _ratio(slak: int, ours: int) -> float:

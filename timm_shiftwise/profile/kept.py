@@ -1,14 +1,13 @@
 """Which groups a network keeps, layer by layer."""
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import num_groups
-from timm_shiftwise.layers import MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.layers.operator import Operator
 from timm_shiftwise.models import ShiftwiseNet
 from timm_shiftwise.sparsity import SparsitySchedule
-
-_Operator = ShiftwiseConv2d | MergedShiftwiseConv2d
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ _PHASES = ('waiting', 'running', 'fixed')  # by the value of the schedule's buff
 
 
 def network_groups(model: nn.Module) -> NetworkGroups:
-    """Read which groups a network keeps: the masks, or the kernels that are not zero in a merged network.
+    """Read which groups a network keeps: by the masks, which a merged network holds, too.
 
     Args:
         model: A network of this package.
@@ -140,15 +139,15 @@ def network_groups(model: nn.Module) -> NetworkGroups:
     for i, blocks in enumerate(stage_blocks(network)):
         operators = [block.get_submodule('conv_dw') for block in blocks]
         first = operators[0]
-        if not isinstance(first, _Operator):
+        if not has_groups(first):
             raise ValueError('The network is made of large kernels (SLaK): it has no groups to keep or to prune.')
         stages.append(StageGroups(
-            dim=len(first.kept) + first.num_ghost,
+            dim=first.dim,
             focus_length=first.focus_length,
             groups=num_groups(first.focus_length, first.kernel_size),
             layers=tuple(
-                LayerGroups(f'stages.{i}.blocks.{j}.conv_dw', kept_groups(operator).cpu())
-                for j, operator in enumerate(operators) if isinstance(operator, _Operator)
+                LayerGroups(f'stages.{i}.blocks.{j}.conv_dw', operator.group_mask.cpu())
+                for j, operator in enumerate(operators) if has_groups(operator)
             ),
         ))
     schedule = network.sparsity
@@ -157,11 +156,9 @@ def network_groups(model: nn.Module) -> NetworkGroups:
     return NetworkGroups(tuple(stages), 'none', 0)
 
 
-def kept_groups(operator: _Operator) -> Tensor:
-    """Which small kernels [C, K] of an operator are kept."""
-    if isinstance(operator, ShiftwiseConv2d):
-        return operator.mask
-    return (operator.weight != 0).any(dim=-1).any(dim=-1)
+def has_groups(operator: nn.Module) -> TypeGuard[Operator]:
+    """Whether an operator is, or was merged from, one of small kernels."""
+    return isinstance(operator, Operator) and operator.num_maps > 0
 
 
 def check_network(model: nn.Module) -> ShiftwiseNet:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from timm_shiftwise.geometry import num_groups
-from timm_shiftwise.layers import MergedLargeKernelConv2d, MergedShiftwiseConv2d
+from timm_shiftwise.layers import MergedConv2d, MergedShiftConv2d
 from timm_shiftwise.models import ShiftwiseNet
 
 from .cost import Comparison, Cost, kernel_ratio
@@ -181,7 +181,7 @@ def profile_model(
         height=height,
         width=width,
         kernel_size=operator_shape(first).kernel_size,
-        merged=isinstance(first, (MergedLargeKernelConv2d, MergedShiftwiseConv2d)),
+        merged=isinstance(first, (MergedConv2d, MergedShiftConv2d)),
         sparsity=('measured' if sparsity is None else 'given') if has_groups else 'none',
         stem=_both(stem),
         stages=tuple(profiles),

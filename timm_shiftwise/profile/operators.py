@@ -3,13 +3,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from timm_shiftwise.layers import LargeKernelConv2d, MergedLargeKernelConv2d, MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftConv2d, ShiftwiseConv2d
 from timm_shiftwise.sparsity.masks import uniform_counts
 
-from .cost import Comparison, Cost, assembled_kernels, large_kernels, small_kernels
-from .kept import kept_groups
+from .cost import Comparison, Cost, large_kernels, merged_kernels, small_kernels
+from .kept import has_groups
 
-Operator = LargeKernelConv2d | MergedLargeKernelConv2d | ShiftwiseConv2d | MergedShiftwiseConv2d
+Operator = LargeKernelConv2d | ShiftwiseConv2d | MergedConv2d | MergedShiftConv2d
 
 
 class Shape(NamedTuple):
@@ -57,15 +57,9 @@ def block_operator(block: nn.Module) -> Operator:
 
 
 def operator_shape(operator: Operator) -> Shape:
-    """Read the size of an operator. Of merged large kernels with an even side it is the odd one they were padded to."""
-    if isinstance(operator, LargeKernelConv2d):
-        dim = operator.conv_h.in_channels
-        return Shape(dim, dim, 0, operator.focus_length, operator.kernel_size)
-    if isinstance(operator, MergedLargeKernelConv2d):
-        dim, rows, columns = operator.wide.shape
-        return Shape(dim, dim, 0, columns, rows)
-    *_, channels, maps, size, _ = operator.weight.shape
-    return Shape(channels + operator.num_ghost, channels, maps, operator.focus_length, size)
+    """Read the size of an operator."""
+    channels, maps = operator.group_mask.shape if has_groups(operator) else (operator.dim, 0)
+    return Shape(operator.dim, channels, maps, operator.focus_length, operator.kernel_size)
 
 
 def operator_cost(operator: Operator, height: int, width: int, sparsity: float | None) -> OperatorCost:
@@ -78,25 +72,26 @@ def operator_cost(operator: Operator, height: int, width: int, sparsity: float |
         sparsity: Share of the groups that is pruned; None counts those that are kept.
     """
     shape = operator_shape(operator)
-    merged = isinstance(operator, (MergedLargeKernelConv2d, MergedShiftwiseConv2d))
+    merged = isinstance(operator, (MergedConv2d, MergedShiftConv2d))
     slak = large_kernels(shape.dim, shape.focus_length, shape.kernel_size, height, width, merged=merged)
     # SLaK's three BatchNorms, of which the merge leaves a bias
     slak_rest = _held(shape.dim if merged else 3 * 2 * shape.dim)
-    if isinstance(operator, (LargeKernelConv2d, MergedLargeKernelConv2d)):
+    if isinstance(operator, LargeKernelConv2d):
         return OperatorCost(0, Comparison(slak, slak), Comparison(slak_rest, slak_rest))
-    total = shape.channels * shape.maps
+    if isinstance(operator, MergedConv2d):
+        ours = merged_kernels(operator.tall.weight.numel() + operator.wide.weight.numel(), height, width)
+        if not has_groups(operator):
+            return OperatorCost(0, Comparison(ours, ours), Comparison(slak_rest, slak_rest))
+    mask = operator.group_mask
     if sparsity is not None:
-        kept = uniform_counts([total], sparsity)[0]
+        kept = uniform_counts([mask.numel()], sparsity)[0]
     else:
-        kept = total if operator.weight.is_meta else int(kept_groups(operator).sum())
-    if isinstance(operator, MergedShiftwiseConv2d) and operator.padding == 'full':
-        assembled = operator.tall.numel() + operator.wide.numel()
-        ours = assembled_kernels(total, kept, shape.kernel_size, assembled, height, width)
-    else:
+        kept = mask.numel() if mask.is_meta else int(mask.sum())
+    if not isinstance(operator, MergedConv2d):
         ours = small_kernels(
             shape.channels, shape.maps, kept, shape.focus_length, shape.kernel_size, height, width,
-            paths=operator.weight.shape[0] if isinstance(operator, ShiftwiseConv2d) else 1,
-            shuffles=operator.horizontal.shape[0],
+            paths=len(operator.kernels) if isinstance(operator, ShiftwiseConv2d) else 1,
+            shuffles=len(operator.wiring),
             padding=operator.padding,
         )
     rest = _held(held_weights(operator) - ours.parameters)
@@ -105,10 +100,9 @@ def operator_cost(operator: Operator, height: int, width: int, sparsity: float |
 
 def held_weights(module: nn.Module) -> int:
     """Number of weights of a module, those included that a merged operator holds as buffers."""
-    merged = (
-        part.state_dict().values() for part in module.modules()
-        if isinstance(part, (MergedLargeKernelConv2d, MergedShiftwiseConv2d)))
-    buffers = sum(value.numel() for values in merged for value in values if value.is_floating_point())
+    buffers = sum(
+        value.numel() for part in module.modules() if isinstance(part, MergedShiftConv2d)
+        for value in part.buffers() if value.is_floating_point())
     return buffers + sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_shiftwise.layers import LargeKernelConv2d, MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.layers import LargeKernelConv2d, MergedShiftConv2d, ShiftwiseConv2d
 from timm_shiftwise.sparsity.masks import random_mask, uniform_counts
 
 from .kept import check_network, stage_blocks
@@ -74,7 +74,8 @@ def time_operators(
     Args:
         model: A network of this package that does not lie on the ``meta`` device; it stays as it is.
         sizes: Height and width of each stage's map.
-        densities: Kept shares to time, above 0 up to 1. A network of large kernels is timed once.
+        densities: Kept shares to time, above 0 up to 1. An operator that is as fast whatever is kept, of large
+            kernels or merged to them, is timed once.
         batch_size: Images in a batch.
         repeats: Turns.
         device: Where to run.
@@ -108,7 +109,7 @@ def _time_stages(
     for number, (stage, (height, width)) in enumerate(zip(blocks, sizes, strict=True), start=1):
         operator = block_operator(stage[0])
         dim, _, _, focus_length, kernel_size = operator_shape(operator)
-        if isinstance(operator, (ShiftwiseConv2d, MergedShiftwiseConv2d)):
+        if isinstance(operator, (ShiftwiseConv2d, MergedShiftConv2d)):
             shares: Sequence[float] = densities
             timed: list[nn.Module] = [_pruned(operator, density) for density in densities]
         else:
@@ -123,21 +124,16 @@ def _time_stages(
 
 
 def _pruned(
-        operator: ShiftwiseConv2d | MergedShiftwiseConv2d,
+        operator: ShiftwiseConv2d | MergedShiftConv2d,
         density: float,
-) -> ShiftwiseConv2d | MergedShiftwiseConv2d:
+) -> ShiftwiseConv2d | MergedShiftConv2d:
     """A copy of an operator with weights of its own, of whose groups a share is kept."""
     copied = copy.deepcopy(operator).float()
-    *_, channels, maps, _, _ = shape = copied.weight.shape
+    *_, channels, maps, _, _ = shape = copied.kernels.shape
     count, = uniform_counts([channels * maps], 1 - density)
-    mask = random_mask((channels, maps), count, seed=0, step=0, layer=0).to(copied.weight.device)
     with torch.no_grad():
-        copied.weight.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * .02)
-        if isinstance(copied, ShiftwiseConv2d):
-            copied.mask.copy_(mask)
-        else:
-            copied.weight.mul_(mask[:, :, None, None])
-            copied.assemble()
+        copied.kernels.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * .02)
+        copied.group_mask.copy_(random_mask((channels, maps), count, seed=0, step=0, layer=0))
     return copied
 
 

@@ -3,9 +3,9 @@ from typing import NamedTuple
 
 import torch
 
-from timm_shiftwise.layers import LargeKernelConv2d, MergedLargeKernelConv2d, MergedShiftwiseConv2d
+from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d
 from timm_shiftwise.ops.backend import explain_backend
-from timm_shiftwise.ops.shiftwise_conv.ways import choose_inference_way, choose_way
+from timm_shiftwise.ops.shiftwise_conv.ways import choose_way
 from timm_shiftwise.sparsity.masks import random_mask
 
 from .operators import Operator, operator_shape
@@ -39,18 +39,15 @@ def way_of(operator: Operator, height: int, width: int, kept: int, device: torch
     """
     if isinstance(operator, LargeKernelConv2d):
         return Way('large', "SLaK's operator convolves with its large kernels")
-    if isinstance(operator, MergedLargeKernelConv2d):
-        return Way('merged', 'the network is reparameterized')
+    if isinstance(operator, MergedConv2d):
+        return Way('merged', 'the network is reparameterized: one tall and one wide convolution, whatever is kept')
     _, channels, maps, _, size = operator_shape(operator)
     x = torch.empty(1, channels, height, width, device=device)
-    if isinstance(operator, MergedShiftwiseConv2d):
-        choice = choose_inference_way(x, size, kept / (channels * maps), operator.padding, operator.backend)
-        return Way(choice.way, f'the network is reparameterized; {choice.reason}')
+    weight = torch.empty(channels, maps, size, size, device=device)
     mask = random_mask((channels, maps), kept, seed=0, step=0, layer=0).to(device)
-    weight = torch.ones(channels, maps, size, size, device=device) * mask[:, :, None, None]
-    choice = choose_way(x, weight, operator.padding, operator.backend)
-    if choice.way != 'shift':
-        return Way(choice.way, choice.reason)
+    choice = choose_way(x, weight, operator.padding, operator.backend, mask)
+    if choice.way.name != 'shift':
+        return Way(choice.way.name, choice.reason)
     backend = explain_backend(operator.backend, device)
     library = {'taichi': 'Taichi', 'torch': 'PyTorch'}[backend.backend]
     return Way('shift', f'{choice.reason}; maps are added in {library}: {backend.reason}')

@@ -61,8 +61,11 @@ def _forget(key: int) -> None:
 def _listeners(optimizer: Optimizer) -> list[Follower]:
     with _lock:
         alive = [follower for ref in _followers.values() if (follower := ref()) is not None]
+    followed = [(follower, parameters) for follower in alive if (parameters := follower.followed_parameters())]
+    if not followed:
+        return []
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
-    return [follower for follower in alive if any(id(p) in held for p in follower.followed_parameters())]
+    return [follower for follower, parameters in followed if any(id(p) in held for p in parameters)]
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

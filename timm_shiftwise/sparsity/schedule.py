@@ -126,8 +126,8 @@ class SparsitySchedule(nn.Module):
         """Share of pruned groups in each stage, as the masks stand."""
         shares = []
         for stage in self._stages:
-            kept, total = sum(int(layer.mask.sum()) for layer in stage), sum(layer.mask.numel() for layer in stage)
-            shares.append(1 - kept / total)
+            masks = torch.cat([layer.group_mask.flatten() for layer in stage])
+            shares.append(1 - int(masks.sum()) / len(masks))
         return shares
 
     @torch.jit.ignore
@@ -137,7 +137,7 @@ class SparsitySchedule(nn.Module):
         Raises:
             RuntimeError: If a wrapper took the weights of a network in training apart, so that no optimiser holds them.
         """
-        weights = [layer.weight for layer in self.layers()]
+        weights = [layer.kernels for layer in self.layers()]
         if self.training and not all(isinstance(weight, nn.Parameter) and weight.ndim == 5 for weight in weights):
             raise RuntimeError(
                 'The sparsity schedule cannot follow weights that are no parameters of their own any more: '
@@ -147,7 +147,7 @@ class SparsitySchedule(nn.Module):
 
     def _trained(self) -> list[tuple[int, ShiftwiseConv2d]]:
         """The layers that have gradients, with their index: frozen ones, and those that features drop, have none."""
-        return [(i, layer) for i, layer in enumerate(self.layers()) if layer.weight.grad is not None]
+        return [(i, layer) for i, layer in enumerate(self.layers()) if layer.kernels.grad is not None]
 
     @torch.jit.ignore
     def before_step(self, optimizer: Optimizer) -> None:
@@ -174,15 +174,15 @@ class SparsitySchedule(nn.Module):
         trained = self._trained()
         if self.sparsity_init == 'snip':
             saliencies = [
-                snip_saliency(whole(layer.weight), whole(cast(Tensor, layer.weight.grad))) for _, layer in trained]
+                snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad))) for _, layer in trained]
             counts = snip_counts(saliencies, self.sparsity)
         else:
-            counts = uniform_counts([layer.mask.numel() for _, layer in trained], self.sparsity)
+            counts = uniform_counts([layer.group_mask.numel() for _, layer in trained], self.sparsity)
         for (index, layer), count in zip(trained, counts, strict=True):
-            channels, maps = layer.mask.shape
+            channels, maps = layer.group_mask.shape
             mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
             self._put_mask(layer, mask, mask, optimizer)
-            multiply(cast(Tensor, layer.weight.grad), layer.mask[:, :, None, None])
+            multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[:, :, None, None])
         self._set(RUNNING, 0)
         _log(
             'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
@@ -192,19 +192,20 @@ class SparsitySchedule(nn.Module):
     def _update_masks(self, optimizer: Optimizer) -> None:
         rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
         for index, layer in self._trained():
-            magnitude = whole(layer.weight).abs().sum(dim=(0, 3, 4))
+            magnitude = whole(layer.kernels).abs().sum(dim=(0, 3, 4))
             standing, grown = prune_and_regrow(
-                layer.mask, magnitude, rate, self.sparsity_seed, self._step, index)
-            self._put_mask(layer, standing.view_as(layer.mask), (standing | grown).view_as(layer.mask), optimizer)
+                layer.group_mask, magnitude, rate, self.sparsity_seed, self._step, index)
+            shape = layer.group_mask.shape
+            self._put_mask(layer, standing.view(shape), (standing | grown).view(shape), optimizer)
 
     @staticmethod
     def _put_mask(layer: ShiftwiseConv2d, standing: Tensor, mask: Tensor, optimizer: Optimizer) -> None:
         """Set a mask; weights and what the optimiser knows of them stay where a group stands, else are zero."""
-        keep = standing.to(layer.weight.device)[:, :, None, None]
-        layer.mask.copy_(mask)
-        multiply(layer.weight, keep)
-        for value in optimizer.state.get(layer.weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+        keep = standing.to(layer.kernels.device)[:, :, None, None]
+        layer.group_mask.copy_(mask)
+        multiply(layer.kernels, keep)
+        for value in optimizer.state.get(layer.kernels, {}).values():
+            if isinstance(value, Tensor) and value.shape == layer.kernels.shape:
                 multiply(value, keep)
 
     def _set(self, phase: int, step: int) -> None:

@@ -3,8 +3,8 @@
 Written with care but not run on CUDA: no CUDA machine was at hand. (The tests run these kernels on the CPU.)
 """
 # mypy: disable-error-code="valid-type, name-defined"
-from timm_shiftwise.ops.taichi_lanes import load, store
-from timm_shiftwise.ops.taichi_runtime import import_taichi
+from timm_shiftwise.ops.taichi.lanes import load, store
+from timm_shiftwise.ops.taichi.runtime import import_taichi
 
 ti = import_taichi()
 
@@ -12,9 +12,7 @@ ti = import_taichi()
 @ti.kernel
 def forward_gather(
         y: ti.types.ndarray(ndim=1),
-        horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        wiring: ti.types.ndarray(dtype=ti.i32, ndim=1),
         out_h: ti.types.ndarray(ndim=1),
         out_v: ti.types.ndarray(ndim=1),
         out_i: ti.types.ndarray(ndim=1),
@@ -34,14 +32,15 @@ def forward_gather(
         sum_v = ti.cast(0, real)
         sum_i = ti.cast(0, real)
         for r in range(shuffles):
-            entry = (r * channels + c) * groups
+            entry = (r * channels + c) * (2 * groups + 1)
             for g in range(groups):
                 s = first_shift - g * kernel_size
                 if 0 <= j - s < map_width:
-                    sum_h += load(y, first + horizontal[entry + g] * area + (i + e) * map_width + j - s, kind, real)
+                    sum_h += load(y, first + wiring[entry + g] * area + (i + e) * map_width + j - s, kind, real)
                 if 0 <= i - s < map_height:
-                    sum_v += load(y, first + vertical[entry + g] * area + (i - s) * map_width + j + e, kind, real)
-            sum_i += load(y, first + identity[r * channels + c] * area + (i + e) * map_width + j + e, kind, real)
+                    at = first + wiring[entry + groups + g] * area
+                    sum_v += load(y, at + (i - s) * map_width + j + e, kind, real)
+            sum_i += load(y, first + wiring[entry + 2 * groups] * area + (i + e) * map_width + j + e, kind, real)
         store(out_h, pixel, sum_h, kind)
         store(out_v, pixel, sum_v, kind)
         store(out_i, pixel, sum_i, kind)
@@ -52,9 +51,7 @@ def backward_gather(
         grad_h: ti.types.ndarray(ndim=1),
         grad_v: ti.types.ndarray(ndim=1),
         grad_i: ti.types.ndarray(ndim=1),
-        horizontal: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        vertical: ti.types.ndarray(dtype=ti.i32, ndim=1),
-        identity: ti.types.ndarray(dtype=ti.i32, ndim=1),
+        wiring: ti.types.ndarray(dtype=ti.i32, ndim=1),
         grad_y: ti.types.ndarray(ndim=1),
         planes: ti.i32, channels: ti.i32, maps: ti.i32, height: ti.i32, width: ti.i32, map_height: ti.i32,
         map_width: ti.i32, shuffles: ti.i32, groups: ti.i32, first_shift: ti.i32, kernel_size: ti.i32, e: ti.i32,
@@ -72,13 +69,13 @@ def backward_gather(
         column_inside = 0 <= q - e < width
         total = ti.cast(0, real)
         for r in range(shuffles):
-            entry = (r * channels + c) * groups
+            entry = (r * channels + c) * (2 * groups + 1)
             for g in range(groups):
                 s = first_shift - g * kernel_size
-                if row_inside and horizontal[entry + g] == k and 0 <= q + s < width:
+                if row_inside and wiring[entry + g] == k and 0 <= q + s < width:
                     total += load(grad_h, first + (p - e) * width + q + s, kind, real)
-                if column_inside and vertical[entry + g] == k and 0 <= p + s < height:
+                if column_inside and wiring[entry + groups + g] == k and 0 <= p + s < height:
                     total += load(grad_v, first + (p + s) * width + q - e, kind, real)
-            if row_inside and column_inside and identity[r * channels + c] == k:
+            if row_inside and column_inside and wiring[entry + 2 * groups] == k:
                 total += load(grad_i, first + (p - e) * width + q - e, kind, real)
         store(grad_y, pixel, total, kind)

@@ -15,9 +15,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def shift_add_torch(
         y: Tensor,
-        horizontal: Tensor,
-        vertical: Tensor,
-        identity: Tensor,
+        wiring: Tensor,
         focus_length: int,
         kernel_size: int,
         padding: str,
@@ -26,17 +24,17 @@ def shift_add_torch(
 
     Args:
         y: Maps, [B, C * K, map(H), map(W)], K maps a channel.
-        horizontal: Map index at every place of the wide branch, integer [R, C, G].
-        vertical: Map index at every place of the tall branch, integer [R, C, G].
-        identity: Map index of the centre branch, integer [R, C].
+        wiring: Map index at every place of the wide branch, then of the tall branch, then of the centre branch; integer
+            [R, C, 2 * G + 1].
         focus_length: M in pixels.
         kernel_size: N in pixels.
         padding: ``'full'`` or ``'same'``.
 
     Returns:
-        The horizontal, vertical and identity branches, each [B, C, H, W] in the dtype of ``y``.
+        The wide, the tall and the centre branch, each [B, C, H, W] in the dtype of ``y``.
     """
-    shuffles, channels, groups = horizontal.shape
+    shuffles, channels, places = wiring.shape
+    groups = places // 2
     maps = y.shape[1] // channels
     height = image_size(y.shape[2], kernel_size, padding)
     width = image_size(y.shape[3], kernel_size, padding)
@@ -52,9 +50,9 @@ def shift_add_torch(
     for r in range(shuffles):
         for place in range(groups):
             start = m - shift(place, focus_length, kernel_size, padding)
-            h = h + wide[:, :, :, start:start + width].index_select(1, first_map + horizontal[r, :, place])
-            v = v + tall[:, :, start:start + height, :].index_select(1, first_map + vertical[r, :, place])
-        i = i + centre.index_select(1, first_map + identity[r])
+            h = h + wide[:, :, :, start:start + width].index_select(1, first_map + wiring[r, :, place])
+            v = v + tall[:, :, start:start + height, :].index_select(1, first_map + wiring[r, :, groups + place])
+        i = i + centre.index_select(1, first_map + wiring[r, :, 2 * groups])
     return h.to(y.dtype), v.to(y.dtype), i.to(y.dtype)
 
 
@@ -62,9 +60,7 @@ def shift_add_backward_torch(
         grad_h: Tensor,
         grad_v: Tensor,
         grad_i: Tensor,
-        horizontal: Tensor,
-        vertical: Tensor,
-        identity: Tensor,
+        wiring: Tensor,
         maps: int,
         focus_length: int,
         kernel_size: int,
@@ -72,22 +68,11 @@ def shift_add_backward_torch(
 ) -> Tensor:
     """The adjoint of :func:`shift_add_torch`, which is linear: every read becomes an addition at the place read from.
 
-    Args:
-        grad_h: Gradient of the horizontal branch, [B, C, H, W].
-        grad_v: Gradient of the vertical branch, [B, C, H, W].
-        grad_i: Gradient of the identity branch, [B, C, H, W].
-        horizontal: See :func:`shift_add_torch`.
-        vertical: See :func:`shift_add_torch`.
-        identity: See :func:`shift_add_torch`.
-        maps: K, maps a channel.
-        focus_length: M in pixels.
-        kernel_size: N in pixels.
-        padding: ``'full'`` or ``'same'``.
-
-    Returns:
-        Gradient of the maps, [B, C * K, map(H), map(W)] in the dtype of the gradients.
+    It makes the gradient of the maps, [B, C * K, map(H), map(W)], of those of the three branches, each [B, C, H, W];
+    K is ``maps``.
     """
-    shuffles, channels, groups = horizontal.shape
+    shuffles, channels, places = wiring.shape
+    groups = places // 2
     batch, _, height, width = grad_h.shape
     extra = map_size(height, kernel_size, padding) - height
     e = crop(kernel_size, padding)
@@ -103,9 +88,9 @@ def shift_add_backward_torch(
     for r in range(shuffles):
         for place in range(groups):
             start = m - shift(place, focus_length, kernel_size, padding)
-            wide[:, :, :, start:start + width].index_add_(1, first_map + horizontal[r, :, place], grad_h)
-            tall[:, :, start:start + height, :].index_add_(1, first_map + vertical[r, :, place], grad_v)
-        centre.index_add_(1, first_map + identity[r], grad_i)
+            wide[:, :, :, start:start + width].index_add_(1, first_map + wiring[r, :, place], grad_h)
+            tall[:, :, start:start + height, :].index_add_(1, first_map + wiring[r, :, groups + place], grad_v)
+        centre.index_add_(1, first_map + wiring[r, :, 2 * groups], grad_i)
     rest = extra - e
     grad_y = F.pad(wide[:, :, :, m:m + width + extra], [0, 0, e, rest])
     grad_y = grad_y + F.pad(tall[:, :, m:m + height + extra, :], [e, rest, 0, 0])

@@ -8,20 +8,20 @@ two.
 import torch
 from torch import Tensor
 
+from timm_shiftwise.geometry import check_geometry
 from timm_shiftwise.ops.autocast import in_autocast_dtype
+from timm_shiftwise.ops.shift_add import check_wiring
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
-from . import merged, small
-from .small import check
+from .merged import merged_conv2d
+from .shift import reference_conv2d
 from .ways import choose_way
 
 
 def shiftwise_conv2d(
         x: Tensor,
         weight: Tensor,
-        horizontal: Tensor,
-        vertical: Tensor,
-        identity: Tensor,
+        wiring: Tensor,
         focus_length: int,
         padding: str = 'full',
         mask: Tensor | None = None,
@@ -36,16 +36,15 @@ def shiftwise_conv2d(
     Args:
         x: Input [B, C, H, W].
         weight: Small kernels [C, K, N, N].
-        horizontal: Kernel index, 0 to K - 1, at every place of the wide branch; integer [R, C, G].
-        vertical: The same for the tall branch; integer [R, C, G].
-        identity: Kernel index of the centre branch; integer [R, C].
+        wiring: Kernel index, 0 to K - 1, at every place of the wide branch, then of the tall branch, then of the centre
+            branch; integer [R, C, 2 * G + 1].
         focus_length: M in pixels.
         padding: ``'full'`` or ``'same'``.
         mask: Kept groups, bool [C, K]; the others count as zero and get no gradient. None keeps all.
         backend: ``'auto'``, ``'taichi'``, ``'torch'`` or None, see :func:`timm_shiftwise.ops.shift_add`.
 
     Returns:
-        The horizontal, vertical and identity branches, each [B, C, H, W].
+        The wide, the tall and the centre branch, each [B, C, H, W].
 
     Raises:
         TypeError: If a dtype is not supported.
@@ -53,61 +52,72 @@ def shiftwise_conv2d(
         RuntimeError: If the backend asked for cannot run.
     """
     if not torch.jit.is_scripting():
-        check(x, weight, horizontal, vertical, identity, focus_length, padding, mask)
+        _check(x, weight, wiring, focus_length, padding, mask)
     if mask is not None:
         weight = weight * mask[:, :, None, None]
     if torch.jit.is_scripting():
-        return _plain(x, weight, horizontal, vertical, identity, focus_length, padding)
+        return _plain(x, weight, wiring, focus_length, padding)
     else:
         x, weight = in_autocast_dtype(x), in_autocast_dtype(weight)
         if x.dtype != weight.dtype:
             raise TypeError(f'x and weight must have one dtype, got {x.dtype} and {weight.dtype}.')
         if graph_leaves_python():
-            return _plain(x, weight, horizontal, vertical, identity, focus_length, padding)
-        return torch.ops.timm_shiftwise.shiftwise_conv2d(
-            x, weight, horizontal, vertical, identity, mask, focus_length, padding, backend)
+            return _plain(x, weight, wiring, focus_length, padding)
+        return torch.ops.timm_shiftwise.shiftwise_conv2d(x, weight, wiring, mask, focus_length, padding, backend)
+
+
+def _check(
+        x: Tensor,
+        weight: Tensor,
+        wiring: Tensor,
+        focus_length: int,
+        padding: str,
+        mask: Tensor | None,
+) -> None:
+    if torch.jit.is_tracing():  # sizes are tensors then
+        return
+    if x.ndim != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(f'x must have the shape [B, C, H, W] with C, H and W of at least 1, got {tuple(x.shape)}.')
+    if weight.ndim != 4 or weight.shape[0] != x.shape[1] or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f'weight must have the shape [C = {x.shape[1]}, K, N, N], got {tuple(weight.shape)}.')
+    channels, maps, size, _ = weight.shape
+    check_geometry(focus_length, size, padding)
+    check_wiring(wiring, focus_length, size, channels)
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (channels, maps)):
+        raise ValueError(
+            f'mask must be bool and have the shape {(channels, maps)}, got {mask.dtype} and {tuple(mask.shape)}.')
 
 
 def _plain(
         x: Tensor,
         weight: Tensor,
-        horizontal: Tensor,
-        vertical: Tensor,
-        identity: Tensor,
+        wiring: Tensor,
         focus_length: int,
         padding: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own operators only, for graphs that leave Python."""
     if padding == 'full':
-        return merged.merged_conv2d(x, weight, horizontal, vertical, identity, focus_length)
-    return small.reference_conv2d(x, weight, horizontal, vertical, identity, focus_length, padding)
+        return merged_conv2d(x, weight, wiring, focus_length)
+    return reference_conv2d(x, weight, wiring, focus_length, padding)
 
 
 @torch.library.custom_op('timm_shiftwise::shiftwise_conv2d', mutates_args=())
 def _shiftwise_conv2d(
         x: Tensor,
         weight: Tensor,
-        horizontal: Tensor,
-        vertical: Tensor,
-        identity: Tensor,
+        wiring: Tensor,
         mask: Tensor | None,
         focus_length: int,
         padding: str,
         backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tables = (horizontal, vertical, identity)
     way = choose_way(x, weight, padding, backend, mask).way
-    if way == 'fused':
-        from .taichi_impl import fused_conv2d_taichi
-        return fused_conv2d_taichi(x, weight, *tables, focus_length, padding, mask)
-    if way in ('merged', 'large'):
-        h, v, i = merged.merged_conv2d(x, weight, *tables, focus_length)
-        return h.contiguous(), v.contiguous(), i.contiguous()
-    return small.small_shift_conv2d(x, weight, *tables, focus_length, padding, backend)
+    h, v, i = way.forward(x, weight, wiring, focus_length, padding, mask, backend)
+    return h.contiguous(), v.contiguous(), i.contiguous()
 
 
 @_shiftwise_conv2d.register_fake
-def _(x, weight, horizontal, vertical, identity, mask, focus_length, padding, backend):
+def _(x, weight, wiring, mask, focus_length, padding, backend):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -118,9 +128,7 @@ def _shiftwise_conv2d_backward(
         grad_i: Tensor,
         x: Tensor,
         weight: Tensor,
-        horizontal: Tensor,
-        vertical: Tensor,
-        identity: Tensor,
+        wiring: Tensor,
         mask: Tensor | None,
         focus_length: int,
         padding: str,
@@ -128,18 +136,9 @@ def _shiftwise_conv2d_backward(
         need_x: bool,
         need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    grads, tables = (grad_h, grad_v, grad_i), (horizontal, vertical, identity)
     way = choose_way(x, weight, padding, backend, mask, backward=True).way
-    if way == 'fused':
-        from .taichi_impl import fused_conv2d_backward_taichi
-        grad_x, grad_weight = fused_conv2d_backward_taichi(
-            *grads, x, weight, *tables, focus_length, padding, mask, need_x, need_weight)
-    elif way in ('merged', 'large'):
-        grad_x, grad_weight = merged.merged_conv2d_backward(
-            *grads, x, weight, *tables, focus_length, need_x, need_weight, in_taichi=way == 'large')
-    else:
-        grad_x, grad_weight = small.small_shift_conv2d_backward(
-            *grads, x, weight, *tables, focus_length, padding, backend, need_x, need_weight)
+    grad_x, grad_weight = way.backward(
+        (grad_h, grad_v, grad_i), x, weight, wiring, focus_length, padding, mask, backend, need_x, need_weight)
     # an operator returns tensors: one that was not wanted is empty
     return (
         x.new_empty(0) if grad_x is None else grad_x.contiguous(),
@@ -148,22 +147,21 @@ def _shiftwise_conv2d_backward(
 
 
 @_shiftwise_conv2d_backward.register_fake
-def _(
-        grad_h, grad_v, grad_i, x, weight, horizontal, vertical, identity, mask, focus_length, padding, backend, need_x,
-        need_weight):
+def _(grad_h, grad_v, grad_i, x, weight, wiring, mask, focus_length, padding, backend, need_x, need_weight):
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, horizontal, vertical, identity, mask, *ctx.settings = inputs
-    ctx.save_for_backward(x, weight, horizontal, vertical, identity, mask)
+    *tensors, focus_length, padding, backend = inputs
+    ctx.settings = (focus_length, padding, backend)
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, *grads):
     need_x, need_weight = ctx.needs_input_grad[:2]
     grad_x, grad_weight = torch.ops.timm_shiftwise.shiftwise_conv2d_backward(
         *grads, *ctx.saved_tensors, *ctx.settings, need_x, need_weight)
-    return grad_x if need_x else None, grad_weight if need_weight else None, *[None] * 7
+    return grad_x if need_x else None, grad_weight if need_weight else None, *[None] * 5
 
 
 def _setup_backward(ctx, inputs, output):
@@ -174,8 +172,8 @@ def _setup_backward(ctx, inputs, output):
 
 def _double_backward(ctx, over_x, over_weight):
     """Derivative of the gradients by what they are made of; either gradient may not have been wanted."""
-    *grads, x, weight, horizontal, vertical, identity, mask = ctx.saved_tensors
-    rest = (horizontal, vertical, identity, mask, *ctx.settings)
+    *grads, x, weight, wiring, mask = ctx.saved_tensors
+    rest = (wiring, mask, *ctx.settings)
     conv = torch.ops.timm_shiftwise.shiftwise_conv2d
     backward = torch.ops.timm_shiftwise.shiftwise_conv2d_backward
     out: list[Tensor | None] = [None] * 5
@@ -189,7 +187,7 @@ def _double_backward(ctx, over_x, over_weight):
         terms.append(conv(x, over_weight, *rest))
         out[3] = backward(*grads, x, over_weight, *rest, True, False)[0]
     out[:3] = [sum(branch) for branch in zip(*terms, strict=True)]
-    return *out, *[None] * 9
+    return *out, *[None] * 7
 
 
 _shiftwise_conv2d.register_autograd(_backward, setup_context=_setup)

@@ -1,37 +1,115 @@
 """Which of the equal ways computes a shift-wise convolution, and why.
 
-``shift``
-    The definition: small convolutions, whose K-times-larger maps are shifted and added.
-``merged``
-    One wide, one tall and one square kernel, assembled from the small ones (:mod:`.merged`). Only for full padding.
-``large``
-    The merged way, its gradients in one Taichi kernel (:mod:`.taichi_large`). Only for full padding, on the CPU, for
-    kernels of up to 7 x 7.
+A way is a file of this folder and a row of :data:`WAYS`:
+
 ``fused``
-    Small convolutions, shifts and additions in one Taichi kernel that skips pruned groups (:mod:`.taichi_impl`). Only
-    on the CPU.
+    Small convolutions, shifts and additions in one Taichi kernel that skips pruned groups (:mod:`.fused`).
+``merged``
+    One wide, one tall and one square convolution, their kernels assembled from the small ones (:mod:`.merged`).
+``shift``
+    The definition: small convolutions, whose K times larger maps are shifted and added (:mod:`.shift`).
 """
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from timm_shiftwise.ops.backend import choose_backend, explain_backend, requested_backend
+from timm_shiftwise.ops.backend import choose_backend, requested_backend
+from timm_shiftwise.ops.depthwise.frontend import LARGEST_UNROLLED
+from timm_shiftwise.ops.taichi.runtime import LANES
 
-WAYS = ('shift', 'merged', 'large', 'fused')
-_IN_TAICHI = ('large', 'fused')
 ENVIRONMENT_VARIABLE = 'TIMM_SHIFTWISE_WAY'
+
+
+class Limit(NamedTuple):
+    """Up to which share of kept groups the fused way is the fastest.
+
+    Attributes:
+        pixels: H * W of the smallest map for which the row holds.
+        density: That share; 0 where it never is.
+    """
+    pixels: int
+    density: float
+
+
+# Measured and printed by benchmarks/calibrate.py (two Zen 5 cores): by lanes and direction, largest maps first.
+FUSED_UP_TO: dict[tuple[int, str], tuple[Limit, ...]] = {
+    (16, 'forward'): (Limit(2000, 0.43), Limit(400, 0.14), Limit(0, 0.)),
+    (16, 'backward'): (Limit(2000, 1.), Limit(400, 0.61), Limit(100, 0.2), Limit(0, 0.49)),
+    (8, 'forward'): (Limit(2000, 0.37), Limit(400, 0.14), Limit(0, 0.)),
+    (8, 'backward'): (Limit(2000, 0.76), Limit(400, 0.6), Limit(100, 0.27), Limit(0, 0.64)),
+}
+
+
+class Way(NamedTuple):
+    """One way to compute a shift-wise convolution.
+
+    Attributes:
+        name: What users ask for it by.
+        backends: What it runs in.
+        obstacle: Says, of the input [B, C, H, W], N and the padding policy, what hinders it; None if nothing does.
+        limit: Share of kept groups up to which it is the fastest of those that can run, of the input, the padding
+            policy and the direction.
+        forward: Computes the three branches; arguments as :func:`.merged.merged_conv2d`.
+        backward: Computes the gradients; arguments as :func:`.merged.merged_conv2d_backward`.
+    """
+    name: str
+    backends: tuple[str, ...]
+    obstacle: Callable[[Tensor, int, str], str | None]
+    limit: Callable[[Tensor, str, str], float]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
 class Choice(NamedTuple):
     """A way and the reason for it.
 
     Attributes:
-        way: One of :data:`WAYS`.
+        way: A row of :data:`WAYS`.
         reason: A clause that explains the choice, for people.
     """
-    way: str
+    way: Way
     reason: str
+
+
+def _at_first_call(file: str, function: str) -> Callable[..., Any]:
+    """A function of a file of this folder that is imported when it is first called, as what needs Taichi must be."""
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f'.{file}', __package__), function)(*args)
+    return call
+
+
+def _no_fused(x: Tensor, kernel_size: int, padding: str) -> str | None:
+    if x.device.type != 'cpu':
+        return f'it is made for CPUs, and the tensors are on {x.device.type}'
+    if kernel_size > LARGEST_UNROLLED:
+        return (
+            f'it is made for kernels of up to {LARGEST_UNROLLED} x {LARGEST_UNROLLED}, not of {kernel_size} x '
+            f'{kernel_size}')
+    return None
+
+
+def _no_merged(x: Tensor, kernel_size: int, padding: str) -> str | None:
+    return None if padding == 'full' else "it needs padding 'full': windows dropped at the border cannot be merged"
+
+
+def _fused_limit(x: Tensor, padding: str, direction: str) -> float:
+    if padding != 'full':
+        return 1.  # the shift way is slower whatever is kept
+    pixels = x.shape[2] * x.shape[3]
+    return next(limit.density for limit in FUSED_UP_TO[LANES, direction] if pixels >= limit.pixels)
+
+
+WAYS = {way.name: way for way in (  # of those that are the fastest the first is taken
+    Way('fused', ('taichi',), _no_fused, _fused_limit,
+        _at_first_call('fused', 'fused_conv2d'), _at_first_call('fused', 'fused_conv2d_backward')),
+    Way('merged', ('torch',), _no_merged, lambda *_: 1.,
+        _at_first_call('merged', 'merged_conv2d'), _at_first_call('merged', 'merged_conv2d_backward')),
+    Way('shift', ('torch', 'taichi'), lambda *_: None, lambda *_: 1.,
+        _at_first_call('shift', 'shift_conv2d'), _at_first_call('shift', 'shift_conv2d_backward')),
+)}
 
 
 def choose_way(
@@ -56,139 +134,46 @@ def choose_way(
         The way and the reason.
 
     Raises:
-        ValueError: If the environment variable ``TIMM_SHIFTWISE_WAY`` names no way, or one that does not fit.
+        ValueError: If the environment variable ``TIMM_SHIFTWISE_WAY`` names no way, or one that cannot run here.
         RuntimeError: If the backend asked for cannot run.
     """
+    kernel_size = weight.shape[2]
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
-        _check_asked(asked, x, padding, weight.shape[2])
-        if asked in _IN_TAICHI:
-            choose_backend('taichi', x.device)
-        return Choice(asked, f'{ENVIRONMENT_VARIABLE} asks for it')
+        return _asked_for(asked, x, kernel_size, padding)
     requested, source = requested_backend(backend)
-    if requested == 'auto' and x.device.type != 'cpu':
-        if padding == 'full':
-            return Choice('merged', f'the fused kernel is made for CPUs, and nothing was measured on {x.device.type}')
-        return Choice('shift', 'windows dropped at the border cannot be merged')
-    if choose_backend(backend, x.device) == 'torch':
-        reason = explain_backend(backend, x.device).reason
-        if padding == 'full':
-            return Choice('merged', f'the fastest in PyTorch ({reason})')
-        return Choice('shift', f'windows dropped at the border cannot be merged, in PyTorch ({reason})')
-    if requested == 'taichi':
-        return Choice('fused' if x.device.type == 'cpu' else 'shift', f'{source} asks for Taichi')
-    if weight.shape[2] > _LARGEST_UNROLLED:
-        way = 'merged' if padding == 'full' else 'shift'
-        return Choice(way, _TOO_LARGE)
-    if padding != 'full':
-        return Choice('fused', 'windows dropped at the border cannot be merged')
-    density = 1. if mask is None else float(mask.float().mean())
-    limit, otherwise = limits(x.shape[2] * x.shape[3], backward)
-    if density <= limit:
-        return Choice('fused', f'{density:.0%} of the groups are kept; up to {limit:.0%} it is faster on such maps')
-    return Choice(otherwise, f'{density:.0%} of the groups are kept; beyond {limit:.0%} it is faster on such maps')
+    reasons = []
+    for way in WAYS.values():
+        obstacle = way.obstacle(x, kernel_size, padding)
+        if requested != 'auto' and requested not in way.backends:
+            reasons.append(f'{way.name} is not in {requested}, which {source} asks for')
+        elif obstacle is not None:
+            reasons.append(f'not {way.name}: {obstacle}')
+        elif requested == 'auto' and way.backends == ('taichi',):
+            # Taichi is looked for last, because that costs as much as a convolution of a small map
+            limit = way.limit(x, padding, 'backward' if backward else 'forward')
+            density = 1. if mask is None else float(mask.float().mean())
+            seen = f'{density:.0%} of the groups are kept'
+            if density > limit:
+                reasons.append(f'{seen}; {way.name} is the faster on such maps up to {limit:.0%}')
+            elif choose_backend(backend, x.device) == 'taichi':
+                return Choice(way, f'{seen}; it is the faster on such maps up to {limit:.0%}')
+            else:
+                reasons.append(f'{way.name} needs Taichi, which does not run here')
+        else:
+            if requested == 'taichi':
+                choose_backend(backend, x.device)  # or an error that says why it cannot run
+            return Choice(way, '; '.join(reasons) or f'{source} asks for {requested}')
+    raise AssertionError('nothing hinders the last way')
 
 
-# Medians in ms by share of kept groups; N = 5, R = 4, float32, batch 4, two Zen 5 cores, with an allocator that keeps
-# what is freed. The fused way is as dear as its share; the others are not, and the large one has no forward of its own.
-#
-#                              forward: fused                 merged  backward: fused               merged  large
-#        map, channels         1.0   0.7   0.5   0.3   0.1             1.0   0.7   0.5   0.3   0.1
-# 16     56 x 56,  74         10.1   7.9   6.0   4.4   2.3     5.0    15.3  11.7   9.5   7.2   4.7   18.5   14.1
-# lanes  28 x 28, 148          5.6   4.5   3.7   2.8   1.7     2.2     9.2   7.2   5.8   4.5   3.2    8.8    6.3
-#        14 x 14, 296          5.1   4.3   3.4   2.6   1.5     0.9     9.0   7.0   5.6   4.2   2.8    3.7    3.1
-#         7 x  7, 592          2.4   2.1   1.7   1.4   0.9     0.5     3.1   2.7   2.4   2.1   1.8    2.7    2.4
-# 8      56 x 56,  74         12.9   9.9   7.6   5.3   2.6     5.0    23.1  17.2  13.3   9.3   5.3   16.7   26.7
-# lanes  28 x 28, 148          7.3   5.8   4.5   3.2   1.8     2.2    12.4   9.4   7.5   5.4   3.5    8.6   10.1
-#        14 x 14, 296          5.8   4.7   3.8   2.7   1.6     1.0    10.4   8.0   6.3   4.7   3.0    4.0    4.0
-#         7 x  7, 592          2.3   2.0   1.7   1.3   0.8     0.6     3.4   2.9   2.4   2.0   1.6    2.7    2.7
-#
-# By lanes and direction, rows of: pixels of a map from which they hold, and the share up to which the fused way was the
-# fastest; and which way is taken beyond it.
-_LIMITS = {
-    (16, False): (((2000, 0.37), (500, 0.18), (0, 0.)), 'merged'),
-    (16, True): (((2000, 0.9), (500, 0.57), (100, 0.14), (0, 0.5)), 'large'),
-    (8, False): (((2000, 0.28), (500, 0.16), (0, 0.)), 'merged'),
-    (8, True): (((2000, 0.67), (500, 0.6), (100, 0.22), (0, 0.6)), 'merged'),
-}
-_LARGEST_UNROLLED = 7
-"""Kernel size up to which the fused way, which is unrolled over the kernel, compiles in reasonable time."""
-_TOO_LARGE = f'the fused kernel is made for kernels up to {_LARGEST_UNROLLED} x {_LARGEST_UNROLLED}'
-
-
-def limits(pixels: int, backward: bool) -> tuple[float, str]:
-    """Share of kept groups up to which the fused way is the fastest on maps of that many pixels, and the way beyond."""
-    from timm_shiftwise.ops.taichi_lanes import LANES
-
-    rows, otherwise = _LIMITS[LANES, backward]
-    return next(limit for least, limit in rows if pixels >= least), otherwise
-
-
-# The same for the whole operator at inference, 56 x 56 and 96 channels with ghosts, in ms: fused 15.0 (all groups
-# kept), 8.0 (0.7), 6.4 (0.5), 4.5 (0.3), 2.6 (0.1) with 16 lanes, 13.9, 11.6, 8.2, 5.3, 2.8 with 8; a tall and a wide
-# convolution 4.6 to 4.7. On smaller maps these are the faster ones, or as fast, down to 0.1.
-_INFERENCE_LIMITS = {16: ((2000, 0.3), (0, 0.)), 8: ((2000, 0.24), (0, 0.))}
-_MOST_AT_INFERENCE = max(limit for rows in _INFERENCE_LIMITS.values() for _, limit in rows)
-
-
-def choose_inference_way(
-        x: Tensor,
-        kernel_size: int,
-        density: float,
-        padding: str,
-        backend: str | None = None,
-) -> Choice:
-    """Choose how to compute the operator in its form for inference.
-
-    Args:
-        x: Input [B, dim, H, W].
-        kernel_size: N in pixels.
-        density: Share of the small kernels that are kept.
-        padding: ``'full'`` or ``'same'``.
-        backend: Backend asked for.
-
-    Returns:
-        ``'fused'``: all in one Taichi kernel; ``'merged'``: a tall and a wide convolution; or ``'shift'``: the branches
-        of :func:`choose_way`, each times its factor. And the reason.
-
-    Raises:
-        ValueError: If the environment variable ``TIMM_SHIFTWISE_WAY`` names no way, or one that does not fit.
-        RuntimeError: If the backend asked for cannot run.
-    """
-    otherwise = 'merged' if padding == 'full' else 'shift'
-    asked = os.environ.get(ENVIRONMENT_VARIABLE)
-    if asked:
-        _check_asked(asked, x, padding, kernel_size)
-        if asked == 'fused':
-            choose_backend('taichi', x.device)
-        return Choice('fused' if asked == 'fused' else otherwise, f'{ENVIRONMENT_VARIABLE} asks for it')
-    if x.device.type != 'cpu':
-        return Choice(otherwise, f'the fused kernel is made for CPUs, and nothing was measured on {x.device.type}')
-    if kernel_size > _LARGEST_UNROLLED:
-        return Choice(otherwise, _TOO_LARGE)
-    if padding == 'full' and density > _MOST_AT_INFERENCE and requested_backend(backend)[0] != 'taichi':
-        # said without a look at Taichi, which costs as much as a convolution of a small map
-        reason = f'{density:.0%} of the groups are kept; beyond {_MOST_AT_INFERENCE:.0%} it is faster on all maps'
-        return Choice(otherwise, reason)
-    if choose_backend(backend, x.device) == 'torch':
-        return Choice(otherwise, f'PyTorch is used ({explain_backend(backend, x.device).reason})')
-    if padding != 'full':
-        return Choice('fused', 'windows dropped at the border cannot be merged')
-    from timm_shiftwise.ops.taichi_lanes import LANES
-
-    limit = next(limit for least, limit in _INFERENCE_LIMITS[LANES] if x.shape[2] * x.shape[3] >= least)
-    reason = f'{density:.0%} of the groups are kept; up to {limit:.0%} the fused kernel is faster on such maps'
-    return Choice('fused' if density <= limit else otherwise, reason)
-
-
-def _check_asked(asked: str, x: Tensor, padding: str, kernel_size: int) -> None:
-    if asked not in WAYS:
-        raise ValueError(f'{ENVIRONMENT_VARIABLE} must be one of {WAYS}, got {asked!r}.')
-    if asked in ('merged', 'large') and padding != 'full':
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={asked!r} needs padding 'full', got {padding!r}.")
-    if asked in _IN_TAICHI and x.device.type != 'cpu':
-        raise ValueError(f'{ENVIRONMENT_VARIABLE}={asked!r} needs tensors on the CPU, got {x.device}.')
-    if asked == 'large' and kernel_size > _LARGEST_UNROLLED:
-        raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}='large' needs kernels of up to {_LARGEST_UNROLLED} x {_LARGEST_UNROLLED}, got "
-            f'{kernel_size} x {kernel_size}.')
+def _asked_for(asked: str, x: Tensor, kernel_size: int, padding: str) -> Choice:
+    way = WAYS.get(asked)
+    if way is None:
+        raise ValueError(f'{ENVIRONMENT_VARIABLE} must be one of {", ".join(map(repr, WAYS))}, got {asked!r}.')
+    obstacle = way.obstacle(x, kernel_size, padding)
+    if obstacle is not None:
+        raise ValueError(f'{ENVIRONMENT_VARIABLE}={asked!r} cannot be followed: {obstacle}.')
+    if way.backends == ('taichi',):
+        choose_backend('taichi', x.device)
+    return Choice(way, f'{ENVIRONMENT_VARIABLE} asks for it')

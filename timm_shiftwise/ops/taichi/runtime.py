@@ -26,6 +26,8 @@ from unittest import mock
 import torch
 
 DEVICE_TYPES = ('cpu', 'cuda')
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
+"""Numbers of float32 in a vector: as many as the registers of this processor hold, and no fewer than eight."""
 # vectors stay vectors, see the kernels; not settable through the environment unless the user does it
 _OPTIONS = {'real_matrix_scalarize': False, 'force_scalarize_matrix': False, 'log_level': 'warn'}
 

@@ -1,6 +1,6 @@
 """Vectors of eight or sixteen lanes in Taichi: what the CPU kernels are written in.
 
-LLVM turns a Taichi vector of that many into machine vectors if the program keeps vectors (see :mod:`.taichi_runtime`)
+LLVM turns a Taichi vector of that many into machine vectors if the program keeps vectors (see :mod:`.runtime`)
 and if what is read and written is an array of such vectors, which must be aligned. So the CPU kernels work on scratch
 memory of their own, aligned and padded with zeros, and an unaligned read is put together from the lanes of two aligned
 ones.
@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .taichi_runtime import import_taichi, num_threads, setting
+from .runtime import LANES, import_taichi, num_threads, setting
 
 ti = import_taichi()
 
-LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
-"""Numbers of float32 in a vector: as many as the registers of this processor hold, and no fewer than eight."""
 PACKS = (8, 4, 2)
 """How many numbers of a row of a tensor may be read and written at once, the most that fits first."""
 MAX_ELEMENTS = 2 ** 31 - 1  # of an array that Taichi can index
@@ -60,12 +58,28 @@ def packed_type(real: Any, pack: int) -> Any:
     return ti.types.ndarray(dtype=ti.types.vector(pack, real), ndim=1) if pack > 1 else ti.types.ndarray(ndim=1)
 
 
+def summed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which elements of a type are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def scratch(vectors: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a CPU kernel, [vectors, LANES] of the type that ``dtype`` is summed in, at 64 bytes."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = summed_dtype(dtype)
     memory = torch.empty(LANES * vectors + LANES, dtype=dtype)
     start = -memory.data_ptr() % 64 // memory.element_size()
     return memory[start:start + LANES * vectors].view(vectors, LANES)
+
+
+def integers(table: Tensor) -> Tensor:
+    """A table of integers, or of booleans, as a kernel takes it: int32, one-dimensional."""
+    return table.detach().to(torch.int32).contiguous().view(-1)
+
+
+def image_parts(batch: int, elements: int) -> list[slice]:
+    """Cut a batch into parts that Taichi can index; ``elements`` of the largest array belong to one image."""
+    step = max(1, MAX_ELEMENTS // max(elements, 1))
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
 def num_tasks(work: int) -> int:

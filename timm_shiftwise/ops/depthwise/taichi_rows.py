@@ -6,14 +6,10 @@ from the lanes of two neighbouring vectors.
 """
 # mypy: disable-error-code="valid-type, name-defined"
 from functools import cache, lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from timm_shiftwise.ops.taichi_lanes import LANES, joined, lane_sum, load, store, tile, zeros
-from timm_shiftwise.ops.taichi_runtime import import_taichi
+from timm_shiftwise.ops.taichi.lanes import joined, lane_sum, load, store, tile, zeros
+from timm_shiftwise.ops.taichi.runtime import LANES, import_taichi
 
 ti = import_taichi()
 
@@ -29,18 +25,40 @@ class Layout(NamedTuple):
     Attributes:
         columns: Vectors that hold a row of a plane and what a kernel reaches beside it.
         turned_columns: The same for a turned plane.
-        tile: Vectors of a row that are summed at once.
-        turned_tile: The same for a turned plane.
-        starts: int32 [13]: the first vector of the turned and of the upright sums, of the branches' gradients (tall,
-            square, wide), of the input upright and turned, of the kernels (tall, wide, square) and of the products for
-            their gradients.
+        chunk: Vectors of a row that are summed at once.
+        turned_chunk: The same for a turned plane.
+        turned_sums_at: First vector of the gradient of the input by the wide kernel, turned.
+        sums_at: That of the gradient of the input by the other kernels.
+        plane_v_at: That of the tall kernel's gradient of the output; the next two of the square and of the wide one.
+        plane_i_at: See ``plane_v_at``.
+        plane_h_at: See ``plane_v_at``; turned.
+        seen_at: That of the input.
+        turned_seen_at: That of the turned input.
+        kernel_v_at: That of the tall kernel; the next two of the wide and of the square one.
+        kernel_h_at: See ``kernel_v_at``.
+        kernel_i_at: See ``kernel_v_at``.
+        products_v_at: That of the products for the tall kernel's gradient; the next two of the wide and the square one.
+        products_h_at: See ``products_v_at``.
+        products_i_at: See ``products_v_at``.
         size: Vectors that a task needs.
     """
     columns: int
     turned_columns: int
-    tile: int
-    turned_tile: int
-    starts: Tensor
+    chunk: int
+    turned_chunk: int
+    turned_sums_at: int
+    sums_at: int
+    plane_v_at: int
+    plane_i_at: int
+    plane_h_at: int
+    seen_at: int
+    turned_seen_at: int
+    kernel_v_at: int
+    kernel_h_at: int
+    kernel_i_at: int
+    products_v_at: int
+    products_h_at: int
+    products_i_at: int
     size: int
 
 
@@ -56,13 +74,30 @@ def large_layout(height: int, width: int, rows: int, turned_rows: int, n: int) -
     turned_columns, turned_count = line(height)
     upright = (height + 2 * PAD) * (columns + 1)  # a vector of zeros behind every row
     turned = (width + 2 * PAD) * (turned_columns + 1)
-    kernels = [-(-(length + 2 * PAD) * n // LANES) for length in (rows, turned_rows, n)]
-    products = [(length + PAD) * n for length in (rows, turned_rows, n)]
-    sizes = [
-        (width + PAD) * turned_columns, (height + PAD) * columns, upright, upright, turned, upright, turned, *kernels,
-        *products]
-    *starts, size = accumulate(sizes, initial=0)
-    return Layout(columns, turned_columns, count, turned_count, torch.tensor(starts, dtype=torch.int32), size)
+
+    def kernel(length: int) -> int:
+        return -(-(length + 2 * PAD) * n // LANES)
+
+    sizes = dict(
+        turned_sums_at=(width + PAD) * turned_columns,
+        sums_at=(height + PAD) * columns,
+        plane_v_at=upright,
+        plane_i_at=upright,
+        plane_h_at=turned,
+        seen_at=upright,
+        turned_seen_at=turned,
+        kernel_v_at=kernel(rows),
+        kernel_h_at=kernel(turned_rows),
+        kernel_i_at=kernel(n),
+        products_v_at=(rows + PAD) * n,
+        products_h_at=(turned_rows + PAD) * n,
+        products_i_at=(n + PAD) * n,
+    )
+    starts, size = {}, 0
+    for name, vectors in sizes.items():
+        starts[name] = size
+        size += vectors
+    return Layout(columns, turned_columns, count, turned_count, **starts, size=size)
 
 
 @ti.func
@@ -179,7 +214,6 @@ def large_backward_kernel(real: Any) -> Any:
             wide: ti.types.ndarray(dtype=real, ndim=1),
             tall: ti.types.ndarray(dtype=real, ndim=1),
             square: ti.types.ndarray(dtype=real, ndim=1),
-            starts: ti.types.ndarray(dtype=ti.i32, ndim=1),
             memory: ti.types.ndarray(dtype=vector, ndim=1),
             cells: ti.types.ndarray(dtype=real, ndim=1),  # the same memory, number by number
             grad_x: ti.types.ndarray(ndim=1),
@@ -187,8 +221,11 @@ def large_backward_kernel(real: Any) -> Any:
             grad_tall: ti.types.ndarray(dtype=real, ndim=1),
             grad_square: ti.types.ndarray(dtype=real, ndim=1),
             batch: ti.i32, channels: ti.i32, height: ti.i32, width: ti.i32, rows: ti.i32, turned_rows: ti.i32,
-            columns: ti.i32, turned_columns: ti.i32, size: ti.i32, tasks: ti.i32,
-            n: ti.template(), count: ti.template(), turned_count: ti.template(), want_x: ti.template(),
+            columns: ti.i32, turned_columns: ti.i32, size: ti.i32, tasks: ti.i32, turned_sums_at: ti.i32,
+            sums_at: ti.i32, plane_v_at: ti.i32, plane_i_at: ti.i32, plane_h_at: ti.i32, seen_at: ti.i32,
+            turned_seen_at: ti.i32, kernel_v_at: ti.i32, kernel_h_at: ti.i32, kernel_i_at: ti.i32,
+            products_v_at: ti.i32, products_h_at: ti.i32, products_i_at: ti.i32,
+            n: ti.template(), chunk: ti.template(), turned_chunk: ti.template(), want_x: ti.template(),
             want_w: ti.template(), threads: ti.template(), kind: ti.template(),
     ):
         before = ti.static(n // 2)  # lanes of zeros before a row
@@ -199,19 +236,19 @@ def large_backward_kernel(real: Any) -> Any:
             base = ti.cast(task, ti.i64) * size
             for v in range(size):
                 memory[base + v] = vector(0)
-            turned_sums = base + starts[0]
-            sums = base + starts[1]
-            plane_v = base + starts[2] + PAD * row
-            plane_i = base + starts[3] + PAD * row
-            plane_h = base + starts[4] + PAD * turned_row
-            seen = base + starts[5]
-            turned_seen = base + starts[6]
-            kernel_v = (base + starts[7]) * LANES + PAD * n
-            kernel_h = (base + starts[8]) * LANES + PAD * n
-            kernel_i = (base + starts[9]) * LANES + PAD * n
-            products_v = base + starts[10]
-            products_h = base + starts[11]
-            products_i = base + starts[12]
+            turned_sums = base + turned_sums_at
+            sums = base + sums_at
+            plane_v = base + plane_v_at + PAD * row
+            plane_i = base + plane_i_at + PAD * row
+            plane_h = base + plane_h_at + PAD * turned_row
+            seen = base + seen_at
+            turned_seen = base + turned_seen_at
+            kernel_v = (base + kernel_v_at) * LANES + PAD * n
+            kernel_h = (base + kernel_h_at) * LANES + PAD * n
+            kernel_i = (base + kernel_i_at) * LANES + PAD * n
+            products_v = base + products_v_at
+            products_h = base + products_h_at
+            products_i = base + products_i_at
             begin = ti.cast(ti.cast(task, ti.i64) * channels // tasks, ti.i32)
             end = ti.cast(ti.cast(task + 1, ti.i64) * channels // tasks, ti.i32)
             for c in range(begin, end):
@@ -240,11 +277,11 @@ def large_backward_kernel(real: Any) -> Any:
                     if ti.static(want_x):
                         _correlate(
                             memory, cells, plane_h, turned_row, width, turned_columns, kernel_h, turned_rows,
-                            turned_sums, False, n, turned_count, vector)
+                            turned_sums, False, n, turned_chunk, vector)
                         _correlate(
-                            memory, cells, plane_v, row, height, columns, kernel_v, rows, sums, False, n, count, vector)
+                            memory, cells, plane_v, row, height, columns, kernel_v, rows, sums, False, n, chunk, vector)
                         _correlate(
-                            memory, cells, plane_i, row, height, columns, kernel_i, n, sums, True, n, count, vector)
+                            memory, cells, plane_i, row, height, columns, kernel_i, n, sums, True, n, chunk, vector)
                         for i in range(height):
                             upright = (sums + ti.cast(i * columns, ti.i64)) * LANES
                             for j in range(width):
