@@ -27,6 +27,7 @@ STAGES = ((96, 56, 51), (192, 28, 49), (384, 14, 47), (768, 7, 13))
 """Width C, side H in pixels (of images of 224) and focus length M of the four stages of sw_tiny."""
 TRAINED = (0.1, 0.68, 0.72, 0.9)
 """Share of the groups that each stage of sw_tiny keeps after sparse training, as the paper's authors note it."""
+PHASES = ('forward', 'forward + backward')
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#F0E442')  # Okabe and Ito
 
 _SHORT = 2.  # seconds
@@ -54,18 +55,28 @@ class Timing:
         """Shortest in milliseconds."""
         return min(self.samples) * 1e3
 
+    def columns(self) -> dict[str, float]:
+        """The columns of the results that every benchmark has."""
+        return {'median_ms': round(self.median, 4), 'best_ms': round(self.best, 4), 'runs': len(self.samples)}
 
-def parser(description: str | None, name: str, seconds: float = 4.) -> argparse.ArgumentParser:
-    """An argument parser with the options that all benchmarks have; ``name`` is that of the files they write."""
+
+def base_parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the options of everything that times."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     options.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of a CPU run')
     options.add_argument('--batch', type=int, default=4, help='images a batch')
-    options.add_argument('--seconds', type=float, default=seconds, help='time for each thing that is measured')
-    options.add_argument('--quick', action='store_true', help='one run of each, to see that the benchmark works')
+    options.add_argument('--quick', action='store_true', help='one run of each, to see that it works')
     options.add_argument(
         '--allocator', choices=('keep', 'default'), default='keep',
         help="'keep' has glibc keep the memory that is freed, or fresh pages take much of the time; 'default' does not")
+    return options
+
+
+def parser(description: str | None, name: str, seconds: float = 4.) -> argparse.ArgumentParser:
+    """An argument parser with the options that all benchmarks have; ``name`` is that of the files they write."""
+    options = base_parser(description)
+    options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
+    options.add_argument('--seconds', type=float, default=seconds, help='time for each thing that is measured')
     options.add_argument('--output', type=Path, default=RESULTS / name, help='where to write: .csv and .png are added')
     return options
 
@@ -91,7 +102,8 @@ def start(options: argparse.Namespace) -> torch.device:
     for name in _FORCING:
         os.environ.pop(name, None)
     options.least = 1 if options.quick else 3
-    options.seconds = 0. if options.quick else options.seconds
+    if options.quick:
+        options.seconds = 0.
     return torch.device(options.device)
 
 
@@ -155,6 +167,12 @@ def forced(way: str, backend: str = '') -> Iterator[None]:
         yield
     finally:
         os.environ.update(zip(_FORCING, before, strict=True))
+
+
+def under(way: str, function: Callable[[], Any]) -> Any:
+    """Call a function with a way forced."""
+    with forced(way):
+        return function()
 
 
 def definition() -> Any:
@@ -268,18 +286,43 @@ class Target:
         return 'pass' if holds else 'short'
 
 
-def report_targets(targets: Sequence[Target], path: Path, device: torch.device, **settings: Any) -> Path:
-    """Print targets as a table and write them to a CSV file beside the results; gives its path."""
-    lines = [[
+def write_results(
+        args: argparse.Namespace,
+        device: torch.device,
+        rows: Sequence[dict[str, Any]],
+        figure: Any,
+        targets: Sequence[Target] = (),
+        **settings: Any,
+) -> None:
+    """Write rows, targets and plot to the files that the options ask for, and print the targets.
+
+    Args:
+        args: The options; what all benchmarks have in common is written into every row.
+        device: Where it ran.
+        rows: The results.
+        figure: The plot.
+        targets: Ratios; equal ones (``what``) are brought together.
+        **settings: What is written into every row beside the options.
+    """
+    settings = {'dtype': 'float32', **settings, 'seconds': args.seconds, 'allocator': args.allocator}
+    written = [_write_csv(args.output, rows, device, settings), _save(figure, args.output)]
+    if targets:
+        order = list(dict.fromkeys(target.what for target in targets))
+        targets = sorted(targets, key=lambda target: order.index(target.what))
+        _show_targets(targets)
+        lines = [{
+            'what': target.what, 'where': target.where, 'value': round(target.value, 4), 'bound': target.bound,
+            'limit': target.limit if target.bound else '', 'verdict': target.verdict,
+        } for target in targets]
+        written.append(_write_csv(args.output.with_name(f'{args.output.name}_targets'), lines, device, settings))
+    console.print('wrote ' + ', '.join(map(str, written)))
+
+
+def _show_targets(targets: Sequence[Target]) -> None:
+    show('ratios', ['what', 'where', 'measured', 'target', ''], [[
         target.what, target.where, f'{target.value:.2f}', f'{target.bound} {target.limit:g}' if target.bound else '',
         target.verdict,
-    ] for target in targets]
-    show('ratios', ['what', 'where', 'measured', 'target', ''], lines)
-    rows = [{
-        'what': target.what, 'where': target.where, 'value': round(target.value, 4), 'bound': target.bound,
-        'limit': target.limit if target.bound else '', 'verdict': target.verdict,
-    } for target in targets]
-    return write_csv(path.with_name(path.name + '_targets'), rows, device, **settings)
+    ] for target in targets])
 
 
 def _installed(package: str) -> str:
@@ -313,8 +356,8 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]], device: torch.device, **settings: Any) -> Path:
-    """Write results, each row with the machine and the settings; gives the file's path."""
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]], device: torch.device, settings: dict[str, Any]) -> Path:
+    """Write rows, each with the machine and the settings; gives the file's path."""
     path = path.with_name(path.name + '.csv')
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = {**{key: str(value) for key, value in settings.items()}, **machine(device)}
@@ -369,7 +412,7 @@ def logarithmic(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def save(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> Path:
     """Write a figure; gives the file's path."""
     path = path.with_name(path.name + '.png')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from _common import check_close, definition
 from torch import Tensor, nn
 
-from timm_shiftwise.layers import LargeKernelConv2d, MergedShiftwiseConv2d, ShiftwiseConv2d
+from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.ops import shiftwise_conv2d
 from timm_shiftwise.sparsity.masks import random_mask
 
@@ -60,11 +60,12 @@ def shiftwise_layer(
     """The layer of sw_tiny, part of its groups kept, with weights and statistics unlike the initial ones."""
     layer = ShiftwiseConv2d(
         dim, focus_length, kernel_size, num_paths=PATHS, num_shuffles=SHUFFLES, ghost_ratio=ghost_ratio)
-    channels, maps = layer.mask.shape
-    layer.mask.copy_(random_mask((channels, maps), round(density * layer.mask.numel()), seed=0, step=0, layer=0))
+    mask = layer.group_mask
+    channels, maps = mask.shape
+    mask.copy_(random_mask((channels, maps), round(density * mask.numel()), seed=0, step=0, layer=0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * .1)
+        layer.kernels.copy_(torch.randn(layer.kernels.shape, generator=generator) * .1)
         for norm in (layer.norm_h, layer.norm_v, layer.norm_i):
             for values, low in ((norm.weight, .5), (norm.bias, -.5), (norm.running_mean, -.5), (norm.running_var, .5)):
                 values.copy_(torch.rand(channels, generator=generator) + low)
@@ -75,23 +76,22 @@ class Operator:
     """The operator of a layer in the form that trains: three branches, no norms.
 
     Args:
-        layer: Says which groups and orders.
+        layer: Says which groups, and where.
         batch: Images.
         side: H and W of the map.
     """
 
     def __init__(self, layer: ShiftwiseConv2d, batch: int, side: int) -> None:
-        channels, device = len(layer.kept), layer.weight.device
-        self.x = noise(batch, channels, side, side, device=device)
-        self.weight = layer.weight.detach().sum(0)
-        self.mask = layer.mask
-        self.tables = layer.horizontal, layer.vertical, layer.identity
+        self.x = noise(batch, layer.num_worked, side, side, device=layer.kernels.device)
+        self.weight = layer.kernels.detach().sum(0)
+        self.mask = layer.group_mask
+        self.wiring = layer.wiring
         self.focus_length = layer.focus_length
         self.call = Call(self.run, [self.x, self.weight])
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """The three branches."""
-        return shiftwise_conv2d(self.x, self.weight, *self.tables, self.focus_length, 'full', self.mask)
+        return shiftwise_conv2d(self.x, self.weight, self.wiring, self.focus_length, 'full', self.mask)
 
     def check(self, what: str) -> None:
         """Compare branches and gradients, as they come now, with the definition in float64, in some of the channels.
@@ -105,15 +105,14 @@ class Operator:
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
         with definition():
             wanted = shiftwise_conv2d(
-                x, weight, *(table[:, chosen].contiguous() for table in self.tables), self.focus_length, 'full',
-                self.mask[chosen])
+                x, weight, self.wiring[:, chosen].contiguous(), self.focus_length, 'full', self.mask[chosen])
             grads = torch.autograd.grad(wanted, [x, weight], [grad[:, chosen].double() for grad in self.call.grads])
         seen = *(branch.detach()[:, chosen] for branch in branches), grad_x[:, chosen], grad_weight[chosen]
         check_close(seen, [*wanted, *grads], what)
 
 
-def merged_layer(layer: ShiftwiseConv2d) -> MergedShiftwiseConv2d:
-    """A layer in its form for inference."""
+def merged_layer(layer: ShiftwiseConv2d) -> MergedConv2d:
+    """A layer merged for inference."""
     return copy.deepcopy(layer).eval().fuse()
 
 
@@ -158,7 +157,7 @@ class SlakPair:
         with definition():
             wanted = shiftwise_conv2d(
                 self.x[:, :_CHECKED_CHANNELS].double(), torch.cat([wide, tall.mT, square], dim=1).contiguous(),
-                cut.horizontal, cut.vertical, cut.identity, focus_length)
+                cut.wiring, focus_length)
         check_close([out[:, :_CHECKED_CHANNELS] for out in self.call.forward()], wanted[:2], "SLaK's pair")
 
 

@@ -1,4 +1,4 @@
-"""The operator: every way to compute it, and its form for inference, against SLaK's pair and ConvNeXt's 7 x 7.
+"""The operator: every way to compute it, and merged for inference, against SLaK's pair and ConvNeXt's 7 x 7.
 
     python benchmarks/bench_operator.py
 
@@ -7,7 +7,7 @@ work on all channels, our operators on 77 % of them, as those of sw_tiny do: the
 channels" work on all.
 
 * training form: ``shiftwise_conv2d``, three branches, computed in a way that is forced or in the one that is chosen;
-* inference form: the merged layer, one map, with the channels that pass through;
+* inference form: the merged layer, a tall and a wide convolution of all channels, those that pass through included;
 * whole layer: the layer as it trains, with its BatchNorms, paths and channels that pass through.
 
 Maps are contiguous, except where a row says "channels last": so they come to most operators within a network, whose
@@ -23,22 +23,21 @@ from typing import Any
 import torch
 from _common import (
     COLOURS,
+    PHASES,
     STAGES,
     TRAINED,
     Target,
     console,
-    forced,
     kept_for_backward,
     logarithmic,
     measure,
     memory_of,
     new_figure,
     parser,
-    report_targets,
-    save,
     show,
     start,
-    write_csv,
+    under,
+    write_results,
 )
 from _operators import (
     GHOST_RATIO,
@@ -58,21 +57,18 @@ from timm_shiftwise.layers import LargeKernelConv2d, ShiftwiseConv2d
 from timm_shiftwise.ops.backend import explain_backend
 
 DENSITIES = (1.0, 0.6, 0.3, 0.1)
-PHASES = ('forward', 'forward + backward')
 PAIR, SEVEN, SLAK_LAYER = "SLaK's pair", "ConvNeXt's 7 x 7", "SLaK's whole layer"
-WAYS = ('shift', 'merged', 'fused')
-CHOSEN, INFERENCE, INFERENCE_MERGED, LAYER = 'chosen way', 'inference form', 'inference form, merged', 'whole layer'
+FORCED = ('shift', 'merged', 'fused')
+CHOSEN, INFERENCE, LAYER = 'chosen way', 'inference form', 'whole layer'
 ALL, LAST = ', all channels', ', channels last'
 BASELINES = (PAIR, PAIR + LAST, SEVEN, SEVEN + LAST, SLAK_LAYER, SLAK_LAYER + LAST)
-NAMES = (
-    *WAYS, CHOSEN, CHOSEN + ALL, INFERENCE, INFERENCE_MERGED, INFERENCE + ALL, INFERENCE + LAST, LAYER, LAYER + LAST)
+NAMES = (*FORCED, CHOSEN, CHOSEN + ALL, INFERENCE, INFERENCE + ALL, INFERENCE + LAST, LAYER, LAYER + LAST)
 
 # times faster than SLaK's pair, by stage
 FORWARD_DENSE = (6, 12, 15, 7)
 FORWARD_TRAINED = 20
 TRAINING_DENSE = (5, 5, 4, 2)
 TRAINING_TRAINED = 8
-OVER_DENSE_MERGED = 2.5
 FASTER, FASTER_TRAINING = (f'{phase}, times faster than the pair:' for phase in PHASES)
 NOISE = 1.05
 """Equal times may differ that much."""
@@ -104,13 +100,7 @@ class Case:
 def ways(device: torch.device) -> tuple[str, ...]:
     """The ways that can be forced there."""
     fused = device.type == 'cpu' and explain_backend('auto', device).backend == 'taichi'
-    return WAYS if fused else WAYS[:2]
-
-
-def under(way: str, function: Callable[[], Any]) -> Any:
-    """Call a function with a way forced."""
-    with forced(way):
-        return function()
+    return FORCED if fused else FORCED[:2]
 
 
 def both_phases(name: str, density: float | None, call: Call, known: tuple[Tensor, ...], way: str = '') -> list[Case]:
@@ -139,11 +129,11 @@ def operator_cases(
     cases = []
     for way in (*forcible, ''):
         under(way, partial(operator.check, f'{way or name}, density {density}'))
-        cases += both_phases(way or name, density, operator.call, (operator.mask, *operator.tables), way)
+        cases += both_phases(way or name, density, operator.call, (operator.mask, operator.wiring), way)
     return cases
 
 
-def inference_case(name: str, layer: ShiftwiseConv2d, density: float, x: Tensor, way: str = '') -> Case:
+def inference_case(name: str, layer: ShiftwiseConv2d, density: float, x: Tensor) -> Case:
     """The inference form, checked."""
     merged = merged_layer(layer)
 
@@ -151,9 +141,8 @@ def inference_case(name: str, layer: ShiftwiseConv2d, density: float, x: Tensor,
     def forward() -> Tensor:
         return merged(x)
 
-    function = partial(under, way, forward)
-    check_layer(lambda first: function()[:len(first)], layer.eval(), x, f'{name}, density {density}')
-    return Case(name, density, PHASES[0], function, x.nbytes)
+    check_layer(lambda first: forward()[:len(first)], layer.eval(), x, f'{name}, density {density}')
+    return Case(name, density, PHASES[0], forward, x.nbytes)
 
 
 def layer_case(name: str, layer: nn.Module, density: float | None, x: Tensor) -> Case:
@@ -180,8 +169,6 @@ def all_cases(stage: int, kernel_size: int, batch: int, device: torch.device) ->
         layer = shiftwise_layer(dim, focus_length, kernel_size, density, device)
         cases += operator_cases(CHOSEN, layer, density, batch, side, ways(device))
         cases.append(inference_case(INFERENCE, layer, density, x))
-        if density == 1:
-            cases.append(inference_case(INFERENCE_MERGED, layer, density, x, 'merged'))
         if density in (1, TRAINED[stage]):
             cases.append(inference_case(INFERENCE + LAST, layer, density, last))
             cases.append(layer_case(LAYER, layer.train(), density, x))
@@ -212,7 +199,7 @@ def run(stage: int, kernel_size: int, args: Any, device: torch.device) -> list[d
                 'stage': stage + 1, 'dim': dim, 'side': side, 'focus_length': focus_length, 'kernel_size': kernel_size,
                 'phase': phase, 'what': case.name, 'density': case.density,
                 'trained_like': case.density == TRAINED[stage],
-                'median_ms': round(timing.median, 4), 'best_ms': round(timing.best, 4), 'runs': len(timing.samples),
+                **timing.columns(),
                 'times_faster_than_pair': round(timings[0].median / timing.median, 3),
                 'peak_mib': round(memory.peak / 2 ** 20, 2),
                 'temporaries_per_input': round(memory.temporaries / case.input_bytes, 2),
@@ -254,16 +241,15 @@ def targets(results: Results) -> list[Target]:
             Target(f'{FASTER} dense, inference form, all channels', where,
                    pair / forward(what=INFERENCE + ALL, **dense)),
             Target(f'{FASTER} dense, training form', where, pair / forward(what=CHOSEN, **dense)),
-            Target(f'{FASTER} trained-like, inference form', where,
-                   pair / forward(what=INFERENCE, **sparse), 'at least' if first else '', FORWARD_TRAINED),
+            Target(f'{FASTER} trained-like, inference form', where, pair / forward(what=INFERENCE, **sparse)),
             Target(f'{FASTER} trained-like, inference form, all channels', where,
                    pair / forward(what=INFERENCE + ALL, **sparse)),
-            Target(f'{FASTER} trained-like, training form', where, pair / forward(what=CHOSEN, **sparse)),
+            Target(f'{FASTER} trained-like, training form', where,
+                   pair / forward(what=CHOSEN, **sparse), 'at least' if first else '', FORWARD_TRAINED),
             Target(f'forward, trained-like over dense, inference form (equal: within {NOISE - 1:.0%})', where,
                    forward(what=INFERENCE, **sparse) / forward(what=INFERENCE, **dense), 'at most', NOISE),
-            Target('forward, trained-like, times faster than dense merged, inference form', where,
-                   forward(what=INFERENCE_MERGED, **dense) / forward(what=INFERENCE, **sparse),
-                   'at least' if first else '', OVER_DENSE_MERGED),
+            Target('forward, trained-like, times faster than dense, training form', where,
+                   forward(what=CHOSEN, **dense) / forward(what=CHOSEN, **sparse)),
             Target(f'{FASTER_TRAINING} dense', where,
                    pair_training / training(what=CHOSEN, **dense), 'at least', TRAINING_DENSE[stage - 1]),
             Target(f'{FASTER_TRAINING} dense, all channels', where,
@@ -293,7 +279,7 @@ def targets(results: Results) -> list[Target]:
                     Target(f'peak temporaries, times the input: {name}', where,
                            row['temporaries_per_input'], bounded, TEMPORARIES),
                 ]
-    return sorted(found, key=lambda target: [other.what for other in found].index(target.what))
+    return found
 
 
 def chooser_targets(results: Results) -> list[Target]:
@@ -305,7 +291,7 @@ def chooser_targets(results: Results) -> list[Target]:
                 at = dict(stage=stage, kernel_size=kernel_size, phase=phase)
                 ratio, density = max(
                     (results.ms(what=CHOSEN, density=density, **at)
-                     / min(row['median_ms'] for row in results.all(density=density, **at) if row['what'] in WAYS),
+                     / min(row['median_ms'] for row in results.all(density=density, **at) if row['what'] in FORCED),
                      density)
                     for density in densities(stage - 1))
                 found.append(Target(
@@ -342,7 +328,7 @@ def plot(results: Results) -> Any:
     figure, axes = new_figure(len(STAGES), 'The operator in the stages of sw_tiny, R = 4 (logarithmic)', rows=5)
     styles = {PAIR: '--', PAIR + LAST: '-.', SEVEN: ':'}
     looks = {PAIR: 'black', PAIR + LAST: 'black', SEVEN: '#777777'}
-    looks.update(zip((*WAYS, CHOSEN, INFERENCE), COLOURS, strict=False))
+    looks.update(zip((*FORCED, CHOSEN, INFERENCE), COLOURS, strict=False))
     for line, (kernel_size, phase, column, unit) in enumerate(panels):
         for stage, axis in enumerate(axes[line], 1):
             for name, colour in looks.items():
@@ -383,16 +369,9 @@ def main() -> None:
     for kernel_size in (5, 3):
         for phase in PHASES:
             table(results, kernel_size, phase)
-    settings = {
-        'batch': args.batch, 'shuffles': SHUFFLES, 'ghost_ratio': GHOST_RATIO, 'dtype': 'float32',
-        'seconds': args.seconds, 'allocator': args.allocator,
-    }
-    written = (
-        report_targets(targets(results), args.output, device, **settings),
-        write_csv(args.output, rows, device, **settings),
-        save(plot(results), args.output),
-    )
-    console.print('wrote ' + ', '.join(map(str, written)))
+    write_results(
+        args, device, rows, plot(results), targets(results), batch=args.batch, shuffles=SHUFFLES,
+        ghost_ratio=GHOST_RATIO)
 
 
 if __name__ == '__main__':

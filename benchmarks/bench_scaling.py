@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import COLOURS, console, logarithmic, measure, new_figure, parser, save, show, start, write_csv
+from _common import COLOURS, PHASES, console, logarithmic, measure, new_figure, parser, show, start, write_results
 from _operators import SHUFFLES, Call, Operator, SlakPair, noise, seven, shiftwise_layer
 
 from timm_shiftwise.layers import LargeKernelConv2d
 
 CHANNELS, KERNEL_SIZE = 96, 5
-PHASES = ('forward', 'forward + backward')
 AXES = {
     'focus length M': ('focus_length', (13, 25, 51, 101)),
     'side of the map (batch 1)': ('side', (14, 28, 56, 112, 224, 448)),
@@ -79,8 +78,7 @@ def run(axis: str, args: Any, device: torch.device) -> list[dict]:
             functions = {name: call.forward if phase == PHASES[0] else call.training for name, call in calls.items()}
             timings = measure(functions, device, args.seconds, args.least)
             rows += [{
-                'axis': axis, 'value': value, 'phase': phase, 'what': name, 'median_ms': round(timing.median, 4),
-                'best_ms': round(timing.best, 4), 'runs': len(timing.samples),
+                'axis': axis, 'value': value, 'phase': phase, 'what': name, **timing.columns(),
             } for name, timing in timings.items()]
     console.print(f'{axis}: done')
     return rows
@@ -129,11 +127,8 @@ def report(rows: list[dict], args: Any, device: torch.device) -> None:
     figure.legend(
         legend.values(), legend.keys(), loc='outside lower center', ncols=len(legend), frameon=False,
         title='above the lines: their slopes')
-    settings = {
-        'channels': CHANNELS, 'kernel_size': KERNEL_SIZE, 'shuffles': SHUFFLES, 'batch': args.batch, 'dtype': 'float32',
-        'seconds': args.seconds, 'allocator': args.allocator,
-    }
-    console.print(f'wrote {write_csv(args.output, rows, device, **settings)} and {save(figure, args.output)}')
+    write_results(
+        args, device, rows, figure, channels=CHANNELS, kernel_size=KERNEL_SIZE, shuffles=SHUFFLES, batch=args.batch)
 
 
 def main() -> None:

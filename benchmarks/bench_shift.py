@@ -10,11 +10,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _common import COLOURS, STAGES, console, measure, new_figure, parser, save, show, start, write_csv
+from _common import COLOURS, PHASES, STAGES, console, measure, new_figure, parser, show, start, write_results
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from timm_shiftwise.geometry import crop, map_size, num_groups, shift
+from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.ops.shift_add import shift_add
 
 KERNEL_SIZE = 5
@@ -23,7 +24,7 @@ TARGET = 3.0
 
 
 class Problem:
-    """The shift-add of one stage: maps, tables and sizes."""
+    """The shift-add of one stage: maps, wiring and sizes."""
 
     def __init__(self, width: int, side: int, focus_length: int, batch: int, shuffles: int, device: torch.device):
         self.focus_length = focus_length
@@ -31,16 +32,13 @@ class Problem:
         self.channels = width - int(width * (1 - SHARE_WORKED_ON))
         self.side = side
         generator = torch.Generator().manual_seed(0)
-        shape = [2, shuffles, self.channels, self.groups]
-        permutations = torch.rand(shape, generator=generator).argsort(-1)
-        picks = torch.randint(self.groups, [shuffles, self.channels], generator=generator)
-        self.tables = [table.int().to(device) for table in (*permutations, picks)]
+        self.wiring = released_wiring('sw', self.channels, focus_length, KERNEL_SIZE, shuffles).to(device)
         size = map_size(side, KERNEL_SIZE, 'full')
         self.y = torch.randn(batch, self.channels * self.groups, size, size, generator=generator).to(device)
         first = torch.arange(self.channels, device=device) * self.groups
-        # which maps lie at a place, [R, G, C]
-        self.wide, self.tall = ((table.long() + first[:, None]).transpose(1, 2) for table in self.tables[:2])
-        self.centre = self.tables[2].long() + first
+        places = (self.wiring.long() + first[:, None]).transpose(1, 2)
+        # which maps lie at a place, [R, G, C], and in the middle, [R, C]
+        self.wide, self.tall, self.centre = places[:, :self.groups], places[:, self.groups:-1], places[:, -1]
 
     def shifts(self) -> list[int]:
         """The shift of every place."""
@@ -49,7 +47,7 @@ class Problem:
 
 def taichi(problem: Problem, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operator, in Taichi."""
-    return shift_add(y, *problem.tables, problem.focus_length, KERNEL_SIZE, backend='taichi')
+    return shift_add(y, problem.wiring, problem.focus_length, KERNEL_SIZE, backend='taichi')
 
 
 def slices(problem: Problem, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,9 +92,9 @@ def one_hot(problem: Problem, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before, after = max(shifts[0], 0), max(-shifts[-1] - (y.shape[2] - side), 0)
     first, length = shifts[0], shifts[0] - shifts[-1] + 1
     taps = torch.tensor([first - s for s in shifts], device=y.device)
-    index = taps.expand_as(problem.tables[0])  # [R, C, G]
     kernels = []
-    for table in problem.tables[:2]:
+    for table in problem.wiring[:, :, :-1].split(groups, dim=2):
+        index = taps.expand_as(table)  # [R, C, G]
         kernel = y.new_zeros(problem.channels, groups * length)
         for r in range(len(table)):
             kernel.scatter_add_(1, table[r].long() * length + index[r], torch.ones_like(index[r], dtype=y.dtype))
@@ -190,13 +188,13 @@ def main() -> None:
         def training(way, problem=problem, y=y, grads=grads):
             torch.autograd.grad(way(problem, y), y, grads)
 
-        for phase, function in (('forward', forward), ('forward + backward', training)):
+        for phase, function in zip(PHASES, (forward, training), strict=True):
             calls = {name: partial(function, way) for name, way in WAYS.items()}
             timings = measure(calls, device, args.seconds, args.least)
             rows += [{
                 'stage': stage, 'channels': problem.channels, 'side': side, 'focus_length': focus_length,
-                'phase': phase, 'way': name, 'median_ms': round(timing.median, 4), 'best_ms': round(timing.best, 4),
-                'runs': len(timing.samples), 'times_taichi': round(timing.median / timings['Taichi'].median, 3),
+                'phase': phase, 'way': name, **timing.columns(),
+                'times_taichi': round(timing.median / timings['Taichi'].median, 3),
             } for name, timing in timings.items()]
             console.print(f'stage {stage}, {phase}: done')
     report(rows, args, device)
@@ -205,7 +203,7 @@ def main() -> None:
 def report(rows: list[dict], args, device: torch.device) -> None:
     """Table, CSV and plot."""
     figure, axes = new_figure(len(STAGES), 'Shift-add, R = 4: milliseconds a call (logarithmic)', rows=2)
-    for line, phase in enumerate(('forward', 'forward + backward')):
+    for line, phase in enumerate(PHASES):
         lines = []
         for name in WAYS:
             found = [row for row in rows if row['phase'] == phase and row['way'] == name]
@@ -223,11 +221,7 @@ def report(rows: list[dict], args, device: torch.device) -> None:
             axis.set_yscale('log')
             axis.set_xticks(range(len(found)), [row['way'] for row in found], rotation=60, ha='right')
             axis.set_title(f'stage {stage}, {phase}', fontsize=9)
-    settings = {
-        'batch': args.batch, 'shuffles': args.shuffles, 'kernel_size': KERNEL_SIZE, 'dtype': 'float32',
-        'allocator': args.allocator,
-    }
-    console.print(f'wrote {write_csv(args.output, rows, device, **settings)} and {save(figure, args.output)}')
+    write_results(args, device, rows, figure, batch=args.batch, shuffles=args.shuffles, kernel_size=KERNEL_SIZE)
 
 
 if __name__ == '__main__':
