@@ -21,7 +21,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import crop, num_groups, shift, small_padding
 from timm_shiftwise.layers import ShiftwiseConv2d
-from timm_shiftwise.layers.wiring import separate_wiring
+from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.models.variants import SHIFTWISE
 from timm_shiftwise.ops import shift_add
 from timm_shiftwise.sparsity.masks import random_mask
@@ -34,6 +34,7 @@ SIZE = 64  # side of the image in pixels
 
 WIDTH, HEIGHT, DPI = 14., 13.75, 110  # inches, the units of everything drawn, and dots an inch
 INK, SOFT, FAINT, PALE, ACCENT = '#1f2328', '#57606a', '#8c959f', '#d0d7de', '#0969da'
+TITLE = dict(fontsize=12.5, fontweight='bold', va='baseline')
 HUES = [to_rgb(colormaps['turbo'](0.06 + 0.88 * g / (GROUPS - 1))) for g in range(GROUPS)]
 
 
@@ -135,7 +136,7 @@ def draw_equality(canvas: Canvas, top: float) -> None:
     padding = small_padding(N, 'full')
     maps = F.conv2d(image, pieces[:, None], padding=padding)[0]  # [G, map, map]
     of_one_large = F.conv2d(image, kernel[None, None], padding=(N // 2, M // 2))[0, 0]
-    added = horizontal_branch(maps)
+    added = wide_branch(maps)
     difference = (added - of_one_large).abs().max().item() / of_one_large.abs().max().item()
     if difference > 1e-5:
         raise AssertionError(f'the shifted sum differs from the large kernel by {difference} of its largest value')
@@ -217,13 +218,12 @@ def draw_equality(canvas: Canvas, top: float) -> None:
     canvas.arrow((x_strip + M * pixel + 0.1, middle), (x_large - 0.1, middle))
 
 
-def horizontal_branch(maps: Tensor) -> Tensor:
+def wide_branch(maps: Tensor) -> Tensor:
     """The package's operator on the maps [G, map, map] of a wide kernel's pieces: [SIZE, SIZE]."""
-    wiring = separate_wiring(1, M, N)
-    # its vertical and its centre branch get maps of nothing
-    nothing = torch.zeros(wiring.maps - GROUPS, *maps.shape[1:])
-    y = torch.cat([maps, nothing])[None]
-    return shift_add(y, wiring.horizontal, wiring.vertical, wiring.identity, M, N)[0][0, 0]
+    # kernels of its own for each branch; the tall and the centre one get maps of nothing
+    wiring = released_wiring('eq_slak', 1, M, N, 1)
+    nothing = torch.zeros(GROUPS + 1, *maps.shape[1:])
+    return shift_add(torch.cat([maps, nothing])[None], wiring, M, N)[0][0, 0]
 
 
 def moved_map(small_map: Tensor, s: int) -> tuple[Tensor, Tensor]:
@@ -244,20 +244,19 @@ def draw_operator(canvas: Canvas, top: float) -> None:
         f'Every branch reads the same {GROUPS} maps of a channel, in orders of its own, drawn once and kept. '
         'Small kernels that matter least are pruned while it trains.')
 
-    weight = layer.weight.detach()[:, channel]  # [P, G, N, N]
-    summed = layer.summed_weight().detach()[channel]  # [G, N, N]
-    largest = 2.2 * weight.std().item()
-    title = dict(fontsize=12.5, fontweight='bold', va='baseline')
+    kernels = layer.kernels.detach()[:, channel] * layer.group_mask[channel, :, None, None]  # [P, G, N, N]
+    summed = kernels.sum(0)
+    largest = 2.2 * kernels.std().item()
     y_title, y_top = top + 1.08, top + 1.25
 
     # the kernels of one channel
     side, pitch, left = 0.29, 0.33, 0.85
     right = left + GROUPS * pitch - (pitch - side)
     y = y_top
-    canvas.text((left + right) / 2, y_title, f'one channel\'s {GROUPS} small kernels', **title)
+    canvas.text((left + right) / 2, y_title, f'one channel\'s {GROUPS} small kernels', **TITLE)
     for path in range(PATHS):
         for g in range(GROUPS):
-            canvas.tile(weight[path, g], g, left + g * pitch, y, side, largest)
+            canvas.tile(kernels[path, g], g, left + g * pitch, y, side, largest)
         canvas.text(right + 0.12, y + side / 2, f'path {path + 1}', ha='left', color=SOFT)
         canvas.text(left - 0.22, y + side / 2, '+' if path else '', fontsize=15, fontweight='bold')
         y += side + 0.13
@@ -274,27 +273,20 @@ def draw_operator(canvas: Canvas, top: float) -> None:
     # the branches that read their maps
     side, pitch = 0.24, 0.265
     long, short = GROUPS * pitch - (pitch - side), SHUFFLES * pitch - (pitch - side)
-    canvas.text(x_wide + long / 2, y_title, 'horizontal', **title)
-    for r in range(SHUFFLES):
+    x_tall, x_centre, y_centre = x_wide + long + 0.4, x_wide + (long - short) / 2, y_top + long - side - 0.32
+    for r, wired in enumerate(layer.wiring[:, channel].tolist()):
+        across = r * pitch
+        tiles = [(wired[2 * GROUPS], x_centre + across, y_centre)]
         for place in range(GROUPS):
-            g = int(layer.horizontal[r, channel, place])
-            canvas.tile(summed[g], g, x_wide + place * pitch, y_top + r * pitch, side, 1.4 * largest)
+            tiles.append((wired[place], x_wide + place * pitch, y_top + across))
+            tiles.append((wired[GROUPS + place], x_tall + across, y_top + place * pitch))
+        for g, x, y in tiles:
+            canvas.tile(summed[g], g, x, y, side, 1.4 * largest)
+    canvas.text(x_wide + long / 2, y_title, 'wide', **TITLE)
     canvas.text(x_wide + long / 2, y_top + short + 0.3, f'{SHUFFLES} orders, added;\nthe place is the shift',
                 color=SOFT)
-
-    x_tall = x_wide + long + 0.4
-    canvas.text(x_tall + short / 2, y_title, 'vertical', **title)
-    for r in range(SHUFFLES):
-        for place in range(GROUPS):
-            g = int(layer.vertical[r, channel, place])
-            canvas.tile(summed[g], g, x_tall + r * pitch, y_top + place * pitch, side, 1.4 * largest)
-
-    x_centre = x_wide + (long - short) / 2
-    y_centre = y_top + long - side - 0.32
-    canvas.text(x_centre + short / 2, y_centre - 0.16, 'centre', **title)
-    for r in range(SHUFFLES):
-        g = int(layer.identity[r, channel])
-        canvas.tile(summed[g], g, x_centre + r * pitch, y_centre, side, 1.4 * largest)
+    canvas.text(x_tall + short / 2, y_title, 'tall', **TITLE)
+    canvas.text(x_centre + short / 2, y_centre - 0.16, 'centre', **TITLE)
     canvas.text(x_centre + short / 2, y_centre + side + 0.2, 'one of each order, not shifted', color=SOFT)
 
     # what it all amounts to
@@ -303,7 +295,7 @@ def draw_operator(canvas: Canvas, top: float) -> None:
     x_field = WIDTH - 0.4 - big
     extreme = field.abs().flatten().sort().values[-2].item()  # the largest is the skip inside
     canvas.arrow((x_tall + short + 0.1, y_top + long / 2), (x_field - 0.1, y_top + long / 2))
-    canvas.text(x_field + big / 2, y_title, 'what one output pixel sees', **title)
+    canvas.text(x_field + big / 2, y_title, 'what one output pixel sees', **TITLE)
     canvas.picture(field, x_field, y_top, big, big, cmap='RdBu_r', vmin=-extreme, vmax=extreme)
     canvas.box(x_field, y_top, big, big)
     canvas.text(x_field + big / 2, y_top + big + 0.3,
@@ -312,52 +304,52 @@ def draw_operator(canvas: Canvas, top: float) -> None:
     shared, separate = GROUPS * N * N, 2 * M * N
     canvas.text(
         left, top + 5.05,
-        f'Weights a channel: {by(GROUPS, N, N)} = {shared}, shared, where a horizontal and a vertical {by(M, N)} '
+        f'Weights a channel: {by(GROUPS, N, N)} = {shared}, shared, where a wide {by(N, M)} and a tall {by(M, N)} '
         f'kernel have {by(2, M, N)} = {separate}: {separate / shared:.2f} times fewer, before pruning.',
         ha='left', fontsize=12)
 
 
 def draw_ghosts(canvas: Canvas, layer: ShiftwiseConv2d, left: float, right: float, y: float) -> None:
-    """The channels that are worked on and those that pass by, in their order before and after."""
-    kept, ghost = layer.kept.tolist(), layer.ghost.tolist()
-    channels = len(kept) + len(ghost)
-    width, height, fall = (right - left) / channels, 0.2, 0.42
-    for after, before in enumerate(kept + ghost):
-        color = FAINT if before in ghost else ACCENT
-        for place, row in ((before, 0.), (after, height + fall)):
-            canvas.box(left + place * width, y + row, width * 0.75, height, fill=True, facecolor=color, linewidth=0)
-        canvas.line([left + (before + 0.375) * width, left + (after + 0.375) * width], [y + height, y + height + fall],
-                    color=color, linewidth=0.5)
-    canvas.text((left + right) / 2, y - 0.22, f'the {channels} channels of the layer', fontsize=12.5, fontweight='bold')
-    y_words = y + 2 * height + fall + 0.23
-    canvas.text(left, y_words, f'{len(kept)} worked on', ha='left', va='baseline', color=ACCENT)
-    canvas.text(right, y_words, f'{len(ghost)} ghosts pass by', ha='right', va='baseline', color=SOFT)
+    """The channels that are worked on, and after them those that pass by, in and out."""
+    width, height, fall = (right - left) / layer.dim, 0.2, 0.75
+    split = left + (layer.num_worked - 0.25) * width
+    for channel in range(layer.dim):
+        color, x = ACCENT if channel < layer.num_worked else FAINT, left + channel * width
+        for row in (y, y + fall):
+            canvas.box(x, row, width * 0.75, height, fill=True, facecolor=color, linewidth=0)
+        canvas.line([x + width * 0.375] * 2, [y + height, y + fall], color=color, linewidth=0.7)
+    canvas.box(left, y + height + 0.12, split - left, fall - height - 0.24, ACCENT, fill=True, facecolor='white')
+    canvas.text((left + split) / 2, y + (height + fall) / 2, 'wide + tall + centre', color=ACCENT)
+    for row, words in ((y, 'in'), (y + fall, 'out')):
+        canvas.text(right + 0.12, row + height / 2, words, ha='left', color=SOFT)
+    canvas.text((left + right) / 2, y - 0.17, f'the {layer.dim} channels of the layer', **TITLE)
+    y_words = y + fall + height + 0.23
+    canvas.text(left, y_words, f'{layer.num_worked} worked on', ha='left', va='baseline', color=ACCENT)
+    canvas.text(right, y_words, f'{layer.num_ghost} ghosts pass by', ha='right', va='baseline', color=SOFT)
 
 
 def example_layer() -> ShiftwiseConv2d:
     """The operator of sw_tiny's first stage with fresh weights and a mask of the default sparsity."""
     torch.manual_seed(0)
     layer = ShiftwiseConv2d(
-        SETTINGS['dims'][0],
-        M,
-        N,
+        SETTINGS['dims'][0], M, N,
         operator=SETTINGS['operator'],
         num_paths=PATHS,
         num_shuffles=SHUFFLES,
         ghost_ratio=SETTINGS['ghost_ratio'],
     )
-    channels, maps = layer.mask.shape
-    kept = round((1 - SETTINGS['sparsity']) * channels * maps)
-    layer.mask.copy_(random_mask((channels, maps), kept, seed=0, step=0, layer=0))
+    mask = layer.group_mask
+    kept = round((1 - SETTINGS['sparsity']) * mask.numel())
+    mask.copy_(random_mask(tuple(mask.shape), kept, seed=0, step=0, layer=0))
     return layer.eval()
 
 
 def seen_by_centre(layer: ShiftwiseConv2d, channel: int) -> Tensor:
     """Gradient of a channel's central output with respect to its input, [side, side]."""
-    side = M + 4
-    x = torch.zeros(1, layer.kept.numel() + layer.ghost.numel(), side, side, requires_grad=True)
+    side = 2 * GROUPS * N - M + 4  # G * N is more than M, so a wide kernel reaches farther to the right
+    x = torch.zeros(1, layer.dim, side, side, requires_grad=True)
     gradient, = torch.autograd.grad(layer(x)[0, channel, side // 2, side // 2], x)
-    return gradient[0, layer.kept[channel]]
+    return gradient[0, channel]
 
 
 def draw(path: Path) -> None:
