@@ -264,11 +264,11 @@ def test_the_numbers_told_are_those_of_the_results(name, lines):
 
 
 def test_inception_next_is_as_much_faster_as_the_readme_says():
-    words = 'about twice as fast as `sw_tiny`, and well over one and a half times as fast as `convnext_tiny`'
+    words = 'about twice as fast as `sw_tiny`, and over one and a half times as fast as `convnext_tiny`'
     assert words in ' '.join(README.split())
     times = {
         (row['network'], row['phase'], row['batch']): float(row['median_ms']) for row in results('networks')}
     for (network, *setting), time in times.items():
         ratio = time / times[('inception_next_tiny', *setting)]
         assert network != 'sw_tiny, dense' or 1.75 < ratio < 2.25
-        assert network != 'convnext_tiny' or 1.6 < ratio < 2
+        assert network != 'convnext_tiny' or 1.5 < ratio < 2
