@@ -242,8 +242,7 @@ def test_a_running_program_is_used_and_keeps_its_fields():
 @pytest.mark.parametrize('options', [
     'debug=True, default_fp=ti.f16, kernel_profiler=True',
     'force_scalarize_matrix=True, cpu_max_num_threads=1',
-    'real_matrix_scalarize=False, fast_math=False, offline_cache=False',
-    'opt_level=0',
+    'real_matrix_scalarize=False, fast_math=False, offline_cache=False, opt_level=0',
 ])
 def test_kernels_run_in_a_program_with_other_settings(options):
     run(f'''

@@ -70,7 +70,7 @@ def test_inference_is_one_graph_that_equals_eager(family, form):
 @pytest.mark.parametrize('way', ways.WAYS)
 def test_every_way_is_one_graph(way, monkeypatch):
     monkeypatch.setenv(ways.ENVIRONMENT_VARIABLE, way)
-    model = make('sw')
+    model = make('sw', kernel_size=3)
     twin = copy.deepcopy(model)
     backend = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(model, backend=backend, fullgraph=True)

@@ -209,7 +209,7 @@ def test_backends_agree_at_the_sizes_of_the_networks(channels, size, focus_lengt
         torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     focus_length=st.integers(1, 70),
     kernel_size=st.sampled_from([1, 2, 3, 5, 8]),

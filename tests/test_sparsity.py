@@ -397,7 +397,7 @@ from safetensors.torch import save_file
 folder, steps = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = timm.create_model('test_sw', num_classes=5, prune_interval=2, sparsity_steps=16)
+model = timm.create_model('test_sw', num_classes=5, kernel_size=3, prune_interval=2, sparsity_steps=16)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 start, path = 0, os.path.join(folder, 'last.pth')
 if os.path.exists(path):
