@@ -6,8 +6,8 @@ Files, latency of one image, and how far the logits are from those of the networ
 with that before it is timed. The ONNX files are made of the merged network by ``torch.export`` and PyTorch's exporter
 (``torch.onnx.export(..., dynamo=True)``), for batches of any size and images of one size; ONNX Runtime gets the threads
 that PyTorch has; int8 is its static quantisation. ONNX Runtime is timed with several images (``--batch``), too, and
-sw_tiny there once more without what its export does for it: a wide kernel runs as a tall one of the transposed map. All
-networks take turns, so that one may be compared with another.
+sw_tiny there once more without what its export does for it: the maps that its wide kernels read are padded beforehand.
+All networks take turns, so that one may be compared with another.
 
 The model with packaged weights, test_sw.digits, also reads the quickstart's held-out digits; the others have random
 weights, of which int8 keeps less than of trained ones. ``--training`` adds the training step, eager and compiled.
@@ -50,7 +50,7 @@ from timm_shiftwise.quickstart.training import held_out_loader, image_size, scor
 
 DIGITS, SW, SW_V2, CONVNEXT = 'test_sw.digits', 'sw_tiny', 'sw_v2_tiny', 'convnext_tiny'
 TRAINED, MERGED, COMPILED, ONNX, INT8 = FORMS = 'eager', 'eager, merged', 'compiled, merged', 'ONNX', 'ONNX, int8'
-UNTURNED = 'ONNX, no map transposed'
+UNPADDED = 'ONNX, no map padded'
 STEP, STEP_COMPILED = 'training step, eager', 'training step, compiled'
 ONNX_OVER_CONVNEXT = 1.3
 ONNX_OVER_EAGER = {SW: .6}
@@ -106,8 +106,8 @@ def create(name: str, x: Tensor) -> nn.Module:
     return model.eval()
 
 
-def untransposed(model: nn.Module) -> nn.Module:
-    """A merged network that transposes no map when it is exported."""
+def unpadded(model: nn.Module) -> nn.Module:
+    """A merged network that pads no map when it is exported."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, MergedConv2d):
@@ -179,7 +179,7 @@ class Network:
         """The networks to time with so many images: all with one, else those in ONNX Runtime; the batch is named."""
         if batch == 1:
             return self.forms
-        return {at_batch(form, batch): self.forms[form] for form in (ONNX, UNTURNED) if form in self.forms}
+        return {at_batch(form, batch): self.forms[form] for form in (ONNX, UNPADDED) if form in self.forms}
 
 
 def batches(args: Any) -> list[int]:
@@ -215,8 +215,8 @@ def build(name: str, args: Any, device: torch.device, folder: Path) -> Network:
     files[ONNX] = exported(merged, images[0], folder / f'{name}.onnx')
     files[INT8] = quantized(files[ONNX], iter(calibration), args.threads)
     if name == SW:
-        files[UNTURNED] = exported(untransposed(merged), images[0], folder / f'{name}.untransposed.onnx')
-    forms.update({form: Session(files[form], args.threads) for form in (ONNX, INT8, UNTURNED) if form in files})
+        files[UNPADDED] = exported(unpadded(merged), images[0], folder / f'{name}.unpadded.onnx')
+    forms.update({form: Session(files[form], args.threads) for form in (ONNX, INT8, UNPADDED) if form in files})
     console.print(f'{name}: built')
     return Network(name, images, forms, files, held_out)
 
@@ -280,15 +280,15 @@ def targets(rows: list[dict], args: Any) -> list[Target]:
         ratio(what, model, at[model, first], at[model, second], limits.get(model))
         for what, first, second, limits in pairs for model in models if (model, first) in at]
     for batch in batches(args):
-        where, form, unturned = f'batch {batch}', at_batch(ONNX, batch), at_batch(UNTURNED, batch)
+        where, form, unpadded_form = f'batch {batch}', at_batch(ONNX, batch), at_batch(UNPADDED, batch)
         found += [
             ratio(f'ONNX Runtime, merged {model} over {CONVNEXT}', where, at[model, form], at[CONVNEXT, form], limit)
             for model, limit in ((SW, ONNX_OVER_CONVNEXT), (SW_V2, None))
             if {(model, form), (CONVNEXT, form)} <= at.keys()]
-        if (SW, unturned) in at:
+        if (SW, unpadded_form) in at:
             found.append(ratio(
-                f'ONNX Runtime, {SW}: wide kernels on transposed maps over none', where, at[SW, form],
-                at[SW, unturned]))
+                f'ONNX Runtime, {SW}: wide kernels on padded maps over none', where, at[SW, form],
+                at[SW, unpadded_form]))
     return found
 
 

@@ -22,8 +22,8 @@ class Operator(nn.Module):
         ghost_ratio: Share of channels that pass through.
         ghost_split: Rounding rule of that share, ``'v1'`` or ``'v2'``.
         padding: Padding policy of the small convolutions, ``'full'`` (N - 1, exact) or ``'same'`` (N // 2).
-        large_map: Whether its maps are large. In an exported graph a merged operator's wide convolution then runs as a
-            tall one of the transposed map, which takes ONNX Runtime half the time; on small maps it takes longer.
+        large_map: Whether its maps are large. In an exported graph a merged operator's wide convolution then reads a
+            padded map, which takes ONNX Runtime half the time: it is slow where a kernel reaches over the border.
         device: Device of the buffers.
 
     Raises:

@@ -477,7 +477,7 @@ class ShiftwiseNet(nn.Module):
 
 
 _STAGES_OF_LARGE_MAPS = 2
-"""Stages whose maps are large enough to be transposed in exported graphs: 56 x 56 and 28 x 28 of 224 pixels."""
+"""Stages whose maps are large enough to be padded in exported graphs: 56 x 56 and 28 x 28 of 224 pixels."""
 
 
 def _conv_layer(operator: str, reparameterized: bool, **settings) -> Callable[..., nn.Module]:
