@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.shift import reference_conv2d
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -40,10 +41,10 @@ def compare(x, weight, mask, wiring, focus_length, padding, dtype):
     grads = [grad.to(dtype) for grad in grads]
     want_x, want_weight = torch.autograd.grad(branches, (exact_x, exact_weight), [grad.double() for grad in grads])
     for given_mask in (None, mask):
-        for got, want in zip(
-                fused_conv2d(x, weight, wiring, focus_length, padding, given_mask), branches, strict=True):
+        call = Call(x, weight, wiring, given_mask, focus_length, padding)
+        for got, want in zip(fused_conv2d(call), branches, strict=True):
             assert_near(got, want, dtype)
-        grad_x, grad_weight = fused_conv2d_backward(grads, x, weight, wiring, focus_length, padding, given_mask)
+        grad_x, grad_weight = fused_conv2d_backward(grads, call)
         assert_near(grad_x, want_x, dtype)
         kept = torch.ones_like(mask) if given_mask is None else given_mask
         assert_near(grad_weight, want_weight * kept[:, :, None, None], dtype)
@@ -97,11 +98,11 @@ def test_memory_layout_does_not_matter(width, pack):
     from timm_shiftwise.ops.shiftwise_conv.fused import fused_conv2d
     from timm_shiftwise.ops.taichi.lanes import pack_size
     x, weight, mask, wiring = problem(2, 3, 4, 9, width, 2, 20, 5, 1.0, torch.float32)
-    want = fused_conv2d(x, weight, wiring, 20, 'full', mask)
+    want = fused_conv2d(Call(x, weight, wiring, mask, 20))
     unaligned, by_two = (torch.zeros(x.numel() + n)[n:].view(x.shape).copy_(x) for n in (1, 2))
     assert [pack_size(width, each) for each in (x, unaligned, by_two)] == [pack, 1, min(pack, 2)]
     for variant in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, unaligned, by_two):
-        for got, expected in zip(fused_conv2d(variant, weight, wiring, 20, 'full', mask), want, strict=True):
+        for got, expected in zip(fused_conv2d(Call(variant, weight, wiring, mask, 20)), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -109,7 +110,7 @@ def test_memory_layout_does_not_matter(width, pack):
 def test_only_the_gradients_wanted_are_made(need_x, need_weight):
     from timm_shiftwise.ops.shiftwise_conv.fused import fused_conv2d_backward
     x, weight, mask, wiring = problem(2, 3, 4, 9, 11, 2, 20, 5, 0.7, torch.float64)
-    arguments = [torch.randn_like(x) for _ in range(3)], x, weight, wiring, 20, 'full', mask
+    arguments = [torch.randn_like(x) for _ in range(3)], Call(x, weight, wiring, mask, 20)
     both = fused_conv2d_backward(*arguments)
     some = fused_conv2d_backward(*arguments, need_x=need_x, need_weight=need_weight)
     for got, want, needed in zip(some, both, (need_x, need_weight), strict=True):

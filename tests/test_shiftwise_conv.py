@@ -12,6 +12,7 @@ from torch import Tensor
 from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.ops import shiftwise_conv2d
 from timm_shiftwise.ops.shiftwise_conv import ways
+from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.shift import reference_conv2d
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -89,10 +90,10 @@ def assert_close(seen, wanted, tolerance, dtype=torch.float64):
 
 
 def test_every_way_is_tested_with_every_padding_and_backend_that_it_takes():
-    x = torch.zeros(1, 1, 2, 2)
+    x, weight, wiring = make(1, 3, 3, 1, 2, 2)
     fitting = {
         (way.name, padding) for way in ways.WAYS.values() for padding in ('full', 'same')
-        if way.obstacle(x, 3, padding) is None}
+        if way.obstacle(Call(x, weight, wiring, None, 3, padding)) is None}
     assert {computation[:2] for computation in COMPUTATIONS} == fitting
 
 

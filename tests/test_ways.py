@@ -5,6 +5,7 @@ import torch
 from timm_shiftwise.ops import backend as chooser
 from timm_shiftwise.ops.backend import ENVIRONMENT_VARIABLE as BACKEND_VARIABLE
 from timm_shiftwise.ops.shiftwise_conv import ways
+from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.ways import ENVIRONMENT_VARIABLE, WAYS, Limit, choose_way
 from timm_shiftwise.ops.taichi import runtime
 from timm_shiftwise.ops.taichi.runtime import LANES
@@ -23,7 +24,8 @@ def choose(padding='full', backend=None, kept=None, size=56, kernel_size=5, back
     x = torch.empty(1, 4, size, size, device=device)
     weight = torch.empty(4, 10, kernel_size, kernel_size, device=device)
     mask = None if kept is None else torch.arange(40, device=device).view(4, 10) < round(40 * kept)
-    choice = choose_way(x, weight, padding, backend, mask, backward)
+    wiring = torch.zeros(1, 4, 21, dtype=torch.int32, device=device)
+    choice = choose_way(Call(x, weight, wiring, mask, 51, padding, backend), backward)
     assert WAYS[choice.way.name] is choice.way
     assert choice.reason and not choice.reason.endswith('.') and '\n' not in choice.reason, 'it is a clause'
     return choice

@@ -5,6 +5,7 @@ import torch
 
 from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d
 from timm_shiftwise.ops.backend import explain_backend
+from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.ways import choose_way
 from timm_shiftwise.sparsity.masks import random_mask
 
@@ -45,7 +46,8 @@ def way_of(operator: Operator, height: int, width: int, kept: int, device: torch
     x = torch.empty(1, channels, height, width, device=device)
     weight = torch.empty(channels, maps, size, size, device=device)
     mask = random_mask((channels, maps), kept, seed=0, step=0, layer=0).to(device)
-    choice = choose_way(x, weight, operator.padding, operator.backend, mask)
+    wiring = torch.zeros_like(operator.wiring, device=device)
+    choice = choose_way(Call(x, weight, wiring, mask, operator.focus_length, operator.padding, operator.backend))
     if choice.way.name != 'shift':
         return Way(choice.way.name, choice.reason)
     backend = explain_backend(operator.backend, device)

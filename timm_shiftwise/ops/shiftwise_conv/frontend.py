@@ -13,7 +13,8 @@ from timm_shiftwise.ops.autocast import in_autocast_dtype
 from timm_shiftwise.ops.shift_add import check_wiring
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
-from .merged import merged_conv2d
+from .call import Branches, Call
+from .merged import plain_merged_conv2d
 from .shift import reference_conv2d
 from .ways import choose_way
 
@@ -52,7 +53,7 @@ def shiftwise_conv2d(
         RuntimeError: If the backend asked for cannot run.
     """
     if not torch.jit.is_scripting():
-        _check(x, weight, wiring, focus_length, padding, mask)
+        _check(Call(x, weight, wiring, mask, focus_length, padding))
     if mask is not None:
         weight = weight * mask[:, :, None, None]
     if torch.jit.is_scripting():
@@ -66,14 +67,8 @@ def shiftwise_conv2d(
         return torch.ops.timm_shiftwise.shiftwise_conv2d(x, weight, wiring, mask, focus_length, padding, backend)
 
 
-def _check(
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        padding: str,
-        mask: Tensor | None,
-) -> None:
+def _check(call: Call) -> None:
+    x, weight, wiring, mask, focus_length, padding, _ = call
     if torch.jit.is_tracing():  # sizes are tensors then
         return
     if x.ndim != 4 or min(x.shape[1:]) < 1:
@@ -88,16 +83,10 @@ def _check(
             f'mask must be bool and have the shape {(channels, maps)}, got {mask.dtype} and {tuple(mask.shape)}.')
 
 
-def _plain(
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        padding: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(x: Tensor, weight: Tensor, wiring: Tensor, focus_length: int, padding: str) -> Branches:
     """PyTorch's own operators only, for graphs that leave Python."""
     if padding == 'full':
-        return merged_conv2d(x, weight, wiring, focus_length)
+        return plain_merged_conv2d(x, weight, wiring, focus_length)
     return reference_conv2d(x, weight, wiring, focus_length, padding)
 
 
@@ -111,8 +100,8 @@ def _shiftwise_conv2d(
         padding: str,
         backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    way = choose_way(x, weight, padding, backend, mask).way
-    h, v, i = way.forward(x, weight, wiring, focus_length, padding, mask, backend)
+    call = Call(x, weight, wiring, mask, focus_length, padding, backend)
+    h, v, i = choose_way(call).way.forward(call)
     return h.contiguous(), v.contiguous(), i.contiguous()
 
 
@@ -136,9 +125,9 @@ def _shiftwise_conv2d_backward(
         need_x: bool,
         need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    way = choose_way(x, weight, padding, backend, mask, backward=True).way
-    grad_x, grad_weight = way.backward(
-        (grad_h, grad_v, grad_i), x, weight, wiring, focus_length, padding, mask, backend, need_x, need_weight)
+    call = Call(x, weight, wiring, mask, focus_length, padding, backend)
+    grad_x, grad_weight = choose_way(call, backward=True).way.backward(
+        (grad_h, grad_v, grad_i), call, need_x, need_weight)
     # an operator returns tensors: one that was not wanted is empty
     return (
         x.new_empty(0) if grad_x is None else grad_x.contiguous(),

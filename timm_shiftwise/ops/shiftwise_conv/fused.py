@@ -4,7 +4,6 @@ Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3. Nothing K times as large as 
 here nor for backward, and the cost is in proportion to the share of kept groups.
 """
 import torch
-from torch import Tensor
 
 from timm_shiftwise.geometry import shift
 from timm_shiftwise.ops.shift_add.taichi_backward import backward_kernel, backward_layout, write_list_length
@@ -22,21 +21,12 @@ from timm_shiftwise.ops.taichi.lanes import (
 )
 from timm_shiftwise.ops.taichi.runtime import launching, num_threads
 
+from .call import Branches, Call, Gradients
 
-def fused_conv2d(
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        padding: str,
-        mask: Tensor | None = None,
-        backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kept small convolutions of every channel, shift their maps to their places and add them up.
 
-    Arguments and returns are those of :func:`.frontend.shiftwise_conv2d`, for tensors on the CPU of any memory format.
-    A mask of None keeps the groups that are not all zero; the backend is Taichi, whatever is asked for.
-    """
+def fused_conv2d(call: Call) -> Branches:
+    """The three branches, of tensors on the CPU in any memory format; without a mask, groups of zeros are skipped."""
+    x, weight, wiring, mask, focus_length, padding, _ = call
     batch, channels, height, width = x.shape
     maps, size = weight.shape[1], weight.shape[2]
     shuffles, groups = wiring.shape[0], wiring.shape[2] // 2
@@ -63,23 +53,9 @@ def fused_conv2d(
     return outs[0], outs[1], outs[2]
 
 
-def fused_conv2d_backward(
-        grads: tuple[Tensor, Tensor, Tensor],
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        padding: str,
-        mask: Tensor | None = None,
-        backend: str | None = None,
-        need_x: bool = True,
-        need_weight: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the input and of the small kernels of :func:`fused_conv2d` in their dtypes, None where not wanted.
-
-    Pruned groups have a gradient of zero. A mask of None means all: a kernel that happens to be zero has a gradient all
-    the same.
-    """
+def fused_conv2d_backward(grads: Branches, call: Call, need_x: bool = True, need_weight: bool = True) -> Gradients:
+    """Gradients; without a mask, a kernel that happens to be zero has one, too."""
+    x, weight, wiring, mask, focus_length, padding, _ = call
     batch, channels, height, width = x.shape
     maps, size = weight.shape[1], weight.shape[2]
     shuffles, groups = wiring.shape[0], wiring.shape[2] // 2

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from timm_shiftwise.ops.backend import choose_backend, requested_backend
 from timm_shiftwise.ops.depthwise.frontend import LARGEST_UNROLLED
 from timm_shiftwise.ops.taichi.runtime import LANES
+
+from .call import Branches, Call, Gradients
+from .merged import merged_conv2d, merged_conv2d_backward
+from .shift import shift_conv2d, shift_conv2d_backward
 
 ENVIRONMENT_VARIABLE = 'TIMM_SHIFTWISE_WAY'
 
@@ -49,18 +51,17 @@ class Way(NamedTuple):
     Attributes:
         name: What users ask for it by.
         backends: What it runs in.
-        obstacle: Says, of the input [B, C, H, W], N and the padding policy, what hinders it; None if nothing does.
-        limit: Share of kept groups up to which it is the fastest of those that can run, of the input, the padding
-            policy and the direction.
-        forward: Computes the three branches; arguments as :func:`.merged.merged_conv2d`.
-        backward: Computes the gradients; arguments as :func:`.merged.merged_conv2d_backward`.
+        obstacle: What hinders it in a call; None if nothing does.
+        limit: Share of kept groups up to which it is the fastest of those that can run, by call and direction.
+        forward: Computes the three branches.
+        backward: Computes the gradients, of those of the branches and the call, of x and of the kernels if wanted.
     """
     name: str
     backends: tuple[str, ...]
-    obstacle: Callable[[Tensor, int, str], str | None]
-    limit: Callable[[Tensor, str, str], float]
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+    obstacle: Callable[[Call], str | None]
+    limit: Callable[[Call, str], float]
+    forward: Callable[[Call], Branches]
+    backward: Callable[[Branches, Call, bool, bool], Gradients]
 
 
 class Choice(NamedTuple):
@@ -81,99 +82,78 @@ def _at_first_call(file: str, function: str) -> Callable[..., Any]:
     return call
 
 
-def _no_fused(x: Tensor, kernel_size: int, padding: str) -> str | None:
-    if x.device.type != 'cpu':
-        return f'it is made for CPUs, and the tensors are on {x.device.type}'
-    if kernel_size > LARGEST_UNROLLED:
-        return (
-            f'it is made for kernels of up to {LARGEST_UNROLLED} x {LARGEST_UNROLLED}, not of {kernel_size} x '
-            f'{kernel_size}')
-    return None
+def _no_fused(call: Call) -> str | None:
+    size, most = call.weight.shape[2], LARGEST_UNROLLED
+    if call.x.device.type != 'cpu':
+        return f'it is made for CPUs, and the tensors are on {call.x.device.type}'
+    return f'it is made for kernels of up to {most} x {most}, not of {size} x {size}' if size > most else None
 
 
-def _no_merged(x: Tensor, kernel_size: int, padding: str) -> str | None:
-    return None if padding == 'full' else "it needs padding 'full': windows dropped at the border cannot be merged"
+def _no_merged(call: Call) -> str | None:
+    if call.padding == 'full':
+        return None
+    return "it needs padding 'full': windows dropped at the border cannot be merged"
 
 
-def _fused_limit(x: Tensor, padding: str, direction: str) -> float:
-    if padding != 'full':
+def _fused_limit(call: Call, direction: str) -> float:
+    if call.padding != 'full':
         return 1.  # the shift way is slower whatever is kept
-    pixels = x.shape[2] * x.shape[3]
+    pixels = call.x.shape[2] * call.x.shape[3]
     return next(limit.density for limit in FUSED_UP_TO[LANES, direction] if pixels >= limit.pixels)
 
 
 WAYS = {way.name: way for way in (  # of those that are the fastest the first is taken
     Way('fused', ('taichi',), _no_fused, _fused_limit,
         _at_first_call('fused', 'fused_conv2d'), _at_first_call('fused', 'fused_conv2d_backward')),
-    Way('merged', ('torch',), _no_merged, lambda *_: 1.,
-        _at_first_call('merged', 'merged_conv2d'), _at_first_call('merged', 'merged_conv2d_backward')),
-    Way('shift', ('torch', 'taichi'), lambda *_: None, lambda *_: 1.,
-        _at_first_call('shift', 'shift_conv2d'), _at_first_call('shift', 'shift_conv2d_backward')),
+    Way('merged', ('torch',), _no_merged, lambda *_: 1., merged_conv2d, merged_conv2d_backward),
+    Way('shift', ('torch', 'taichi'), lambda *_: None, lambda *_: 1., shift_conv2d, shift_conv2d_backward),
 )}
 
 
-def choose_way(
-        x: Tensor,
-        weight: Tensor,
-        padding: str,
-        backend: str | None = None,
-        mask: Tensor | None = None,
-        backward: bool = False,
-) -> Choice:
-    """Choose how to compute a shift-wise convolution or its gradients.
-
-    Args:
-        x: Input [B, C, H, W].
-        weight: Small kernels [C, K, N, N].
-        padding: ``'full'`` or ``'same'``.
-        backend: Backend asked for in the call.
-        mask: Kept groups, bool [C, K]; None keeps all.
-        backward: Whether the gradients are to be computed.
-
-    Returns:
-        The way and the reason.
+def choose_way(call: Call, backward: bool = False) -> Choice:
+    """Choose how to compute a shift-wise convolution, or its gradients.
 
     Raises:
         ValueError: If the environment variable ``TIMM_SHIFTWISE_WAY`` names no way, or one that cannot run here.
         RuntimeError: If the backend asked for cannot run.
     """
-    kernel_size = weight.shape[2]
+    device, mask = call.x.device, call.mask
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
-        return _asked_for(asked, x, kernel_size, padding)
-    requested, source = requested_backend(backend)
+        return _asked_for(asked, call)
+    requested, source = requested_backend(call.backend)
     reasons = []
     for way in WAYS.values():
-        obstacle = way.obstacle(x, kernel_size, padding)
+        obstacle = way.obstacle(call)
         if requested != 'auto' and requested not in way.backends:
             reasons.append(f'{way.name} is not in {requested}, which {source} asks for')
         elif obstacle is not None:
             reasons.append(f'not {way.name}: {obstacle}')
         elif requested == 'auto' and way.backends == ('taichi',):
             # Taichi is looked for last, because that costs as much as a convolution of a small map
-            limit = way.limit(x, padding, 'backward' if backward else 'forward')
+            limit = way.limit(call, 'backward' if backward else 'forward')
             density = 1. if mask is None else float(mask.float().mean())
             seen = f'{density:.0%} of the groups are kept'
             if density > limit:
                 reasons.append(f'{seen}; {way.name} is the faster on such maps up to {limit:.0%}')
-            elif choose_backend(backend, x.device) == 'taichi':
+            elif choose_backend(call.backend, device) == 'taichi':
                 return Choice(way, f'{seen}; it is the faster on such maps up to {limit:.0%}')
             else:
                 reasons.append(f'{way.name} needs Taichi, which does not run here')
         else:
             if requested == 'taichi':
-                choose_backend(backend, x.device)  # or an error that says why it cannot run
+                choose_backend(call.backend, device)  # or an error that says why it cannot run
             return Choice(way, '; '.join(reasons) or f'{source} asks for {requested}')
     raise AssertionError('nothing hinders the last way')
 
 
-def _asked_for(asked: str, x: Tensor, kernel_size: int, padding: str) -> Choice:
+def _asked_for(asked: str, call: Call) -> Choice:
     way = WAYS.get(asked)
     if way is None:
         raise ValueError(f'{ENVIRONMENT_VARIABLE} must be one of {", ".join(map(repr, WAYS))}, got {asked!r}.')
-    obstacle = way.obstacle(x, kernel_size, padding)
+    obstacle = way.obstacle(call)
     if obstacle is not None:
         raise ValueError(f'{ENVIRONMENT_VARIABLE}={asked!r} cannot be followed: {obstacle}.')
     if way.backends == ('taichi',):
-        choose_backend('taichi', x.device)
+        choose_backend('taichi', call.x.device)
     return Choice(way, f'{ENVIRONMENT_VARIABLE} asks for it')
