@@ -157,14 +157,7 @@ def _place(made: Path, target: Path) -> None:
     made.replace(target)
 
 
-def _quickstart(
-        console: Console,
-        output: Path,
-        scratch: Path,
-        epochs: int,
-        seed: int,
-        device: 'torch.device',
-) -> int:
+def _quickstart(console: Console, output: Path, scratch: Path, epochs: int, seed: int, device: 'torch.device') -> int:
     from timm.utils import random_seed
 
     from timm_shiftwise.ops.backend import explain_backend
@@ -226,13 +219,8 @@ def _say(console: Console, what: str, text: str) -> None:
 
 
 def _train(
-        console: Console,
-        model: 'ShiftwiseNet',
-        images: 'DataLoader',
-        exam: 'DataLoader',
-        epochs: int,
-        device: 'torch.device',
-) -> None:
+        console: Console, model: 'ShiftwiseNet', images: 'DataLoader', exam: 'DataLoader', epochs: int,
+        device: 'torch.device') -> None:
     from timm_shiftwise.quickstart.training import train
 
     columns = (

@@ -149,12 +149,8 @@ def convert(
 
 
 def write_folder(
-        model: ShiftwiseNet,
-        folder: Path,
-        model_args: Mapping[str, Any],
-        facts: CardFacts,
-        labels: Mapping[str, Any] | None = None,
-) -> None:
+        model: ShiftwiseNet, folder: Path, model_args: Mapping[str, Any], facts: CardFacts,
+        labels: Mapping[str, Any] | None = None) -> None:
     """Write a network as a Hub folder.
 
     Args:

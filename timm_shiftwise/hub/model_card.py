@@ -179,12 +179,7 @@ def _description(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
     return '\n'.join(sentences)
 
 
-def _details(
-        model: ShiftwiseNet,
-        facts: CardFacts,
-        cfg: Mapping[str, Any],
-        papers: tuple[str, ...],
-) -> dict[str, Any]:
+def _details(model: ShiftwiseNet, facts: CardFacts, cfg: Mapping[str, Any], papers: tuple[str, ...]) -> dict[str, Any]:
     channels, height, width = cfg['input_size']
     cost = facts.profile.whole.ours
     merged = 'merged for inference, cannot be trained further'

@@ -54,13 +54,8 @@ class Plan:
 
 
 def plan(
-        folder: str | Path,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        private: bool = False,
-        create_pr: bool = False,
-) -> Plan:
+        folder: str | Path, repo_id: str, *, revision: str | None = None, private: bool = False,
+        create_pr: bool = False) -> Plan:
     """Check a Hub folder and say what :func:`publish` would send; asks nothing of the network.
 
     Args:

@@ -40,15 +40,8 @@ class LargeKernelConv2d(nn.Module):
     """
 
     def __init__(
-            self,
-            dim: int,
-            focus_length: int,
-            kernel_size: int = 5,
-            *,
-            large_map: bool = False,
-            device=None,
-            dtype=None,
-    ) -> None:
+            self, dim: int, focus_length: int, kernel_size: int = 5, *, large_map: bool = False, device=None,
+            dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_geometry(focus_length, kernel_size, 'full')

@@ -85,13 +85,7 @@ class MergedConv2d(Operator):
 
 @register_notrace_function  # fx sees one node; what is inside chooses by layout and device
 def merged_forward(
-        x: Tensor,
-        tall: Tensor,
-        bias: Tensor | None,
-        wide: Tensor,
-        num_worked: int,
-        large_map: bool,
-) -> Tensor:
+        x: Tensor, tall: Tensor, bias: Tensor | None, wide: Tensor, num_worked: int, large_map: bool) -> Tensor:
     """A tall and a wide depthwise convolution, added, in whichever equal form is the fastest where it runs.
 
     Args:
@@ -218,17 +212,8 @@ class MergedShiftConv2d(Operator):
     wiring: Tensor
 
     def __init__(
-            self,
-            dim: int,
-            focus_length: int,
-            kernel_size: int = 5,
-            *,
-            num_shuffles: int = 1,
-            backend: str | None = None,
-            device=None,
-            dtype=None,
-            **settings,
-    ) -> None:
+            self, dim: int, focus_length: int, kernel_size: int = 5, *, num_shuffles: int = 1,
+            backend: str | None = None, device=None, dtype=None, **settings) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, focus_length, kernel_size, padding='same', device=device, **settings)
         self.backend = backend
@@ -257,12 +242,8 @@ class MergedShiftConv2d(Operator):
 
 @torch.no_grad()
 def merge_shiftwise(
-        merged: MergedConv2d | MergedShiftConv2d,
-        kernels: Tensor,
-        wiring: Tensor,
-        scales: tuple[Tensor, Tensor, Tensor],
-        bias: Tensor,
-) -> None:
+        merged: MergedConv2d | MergedShiftConv2d, kernels: Tensor, wiring: Tensor,
+        scales: tuple[Tensor, Tensor, Tensor], bias: Tensor) -> None:
     """Set an operator in its form for inference to what an operator of small kernels computes.
 
     Args:

@@ -34,18 +34,8 @@ class Operator(nn.Module):
     built_for: Tensor
 
     def __init__(
-            self,
-            dim: int,
-            focus_length: int,
-            kernel_size: int,
-            *,
-            operator: str = 'sw',
-            ghost_ratio: float = 0.,
-            ghost_split: str = 'v1',
-            padding: str = 'full',
-            large_map: bool = False,
-            device=None,
-    ) -> None:
+            self, dim: int, focus_length: int, kernel_size: int, *, operator: str = 'sw', ghost_ratio: float = 0.,
+            ghost_split: str = 'v1', padding: str = 'full', large_map: bool = False, device=None) -> None:
         super().__init__()
         check_geometry(focus_length, kernel_size, padding)
         if operator not in OPERATORS:

@@ -50,18 +50,8 @@ class ShiftwiseConv2d(Operator):
     wiring: Tensor
 
     def __init__(
-            self,
-            dim: int,
-            focus_length: int,
-            kernel_size: int = 5,
-            *,
-            num_paths: int = 1,
-            num_shuffles: int = 1,
-            backend: str | None = None,
-            device=None,
-            dtype=None,
-            **settings,
-    ) -> None:
+            self, dim: int, focus_length: int, kernel_size: int = 5, *, num_paths: int = 1, num_shuffles: int = 1,
+            backend: str | None = None, device=None, dtype=None, **settings) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, focus_length, kernel_size, device=device, **settings)
         if num_paths < 1:

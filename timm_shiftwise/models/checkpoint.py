@@ -63,10 +63,7 @@ class _Translation(NamedTuple):
 
 
 def checkpoint_filter_fn(
-        state_dict: Mapping[str, Any],
-        model: nn.Module,
-        features_only: bool = False,
-) -> dict[str, Tensor]:
+        state_dict: Mapping[str, Any], model: nn.Module, features_only: bool = False) -> dict[str, Tensor]:
     """Translate a checkpoint to the model's own layout.
 
     Takes our own checkpoints (unchanged), those of version 0.1, SLaK's (into ``slak_*``, and cut into small kernels for
@@ -310,10 +307,7 @@ def _complete(state: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tens
 
 
 def _from_version_0_1(
-        raw: dict[str, Tensor],
-        operators: Mapping[str, Operator],
-        own: Mapping[str, Tensor],
-) -> _Translation:
+        raw: dict[str, Tensor], operators: Mapping[str, Operator], own: Mapping[str, Tensor]) -> _Translation:
     orders, problems = told_orders(raw, operators)
     state = _as_integers(rename_version_0_1(raw), own)
     for name, operator in operators.items():
@@ -349,10 +343,7 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
 
 
 def _misfits(
-        state: Mapping[str, Tensor],
-        own: Mapping[str, Tensor],
-        adapted: Iterable[str] = (),
-) -> list[tuple[str, str]]:
+        state: Mapping[str, Tensor], own: Mapping[str, Tensor], adapted: Iterable[str] = ()) -> list[tuple[str, str]]:
     """Keys that do not fit, each with what is wrong: first those the model has, in its order, then those left over.
 
     Args:

@@ -247,12 +247,7 @@ def _nearest(family: str, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, candidates[name]
 
 
-def _ghost_ratio(
-        dims: tuple[int, ...],
-        worked: tuple[int, ...],
-        rule: str,
-        variant: dict[str, Any],
-) -> float | None:
+def _ghost_ratio(dims: tuple[int, ...], worked: tuple[int, ...], rule: str, variant: dict[str, Any]) -> float | None:
     """The registered network's ratio, or else the shortest decimal fraction, that leaves these channels to work on."""
     if worked == dims and rule == 'v1':
         return 0.

@@ -311,10 +311,8 @@ def is_reordered(orders: Mapping[int, Tensor]) -> bool:
 
 
 def to_stream_order(
-        state: Mapping[str, Tensor],
-        orders: Mapping[int, Tensor],
-        generation: str,
-) -> tuple[dict[str, Tensor], list[str]]:
+        state: Mapping[str, Tensor], orders: Mapping[int, Tensor],
+        generation: str) -> tuple[dict[str, Tensor], list[str]]:
     """Bring the tensors that write or read a stage's channels from the released order into the stream's.
 
     Args:

@@ -82,11 +82,8 @@ def explain_missing_weights(variant: str, pretrained: bool, arguments: Mapping[s
 
 
 def _explain(
-        error: Exception,
-        variant: str,
-        cfg: PretrainedCfg,
-        cache_dir: str | Path | None,
-) -> PretrainedWeightsError | None:
+        error: Exception, variant: str, cfg: PretrainedCfg,
+        cache_dir: str | Path | None) -> PretrainedWeightsError | None:
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     if not (cfg.file or cfg.hf_hub_id or cfg.url or cfg.state_dict):
         return WeightsNotPublishedError(f'No weights are published for {name}.\n{_ways_on(variant, cfg)}')
@@ -108,12 +105,8 @@ def _explain_file(error: Exception, path: Path) -> PretrainedWeightsError | None
 
 
 def _explain_hub(
-        error: Exception,
-        variant: str,
-        name: str,
-        cfg: PretrainedCfg,
-        cache_dir: str | Path | None,
-) -> PretrainedWeightsError | None:
+        error: Exception, variant: str, name: str, cfg: PretrainedCfg,
+        cache_dir: str | Path | None) -> PretrainedWeightsError | None:
     repo_id, _, revision = str(cfg.hf_hub_id).partition('@')
     weights = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _WEIGHTS
     registered = cfg.source != 'hf-hub' and repo_id.endswith(f'/{name}')

@@ -403,14 +403,8 @@ class ShiftwiseNet(nn.Module):
         self.head.to(like.dtype)
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+            self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+            output_fmt: str = 'NCHW', intermediates_only: bool = False) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Forward pass that also returns the stages' outputs.
 
         Args:
@@ -442,11 +436,7 @@ class ShiftwiseNet(nn.Module):
         return x, intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
+            self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop the stages that given intermediate outputs do not need.
 
         Args:
@@ -509,20 +499,13 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
 
 
 def _filter_pretrained(
-        state_dict: Mapping[str, Any],
-        model: nn.Module,
-        features_only: bool = False,
-) -> dict[str, Tensor]:
+        state_dict: Mapping[str, Any], model: nn.Module, features_only: bool = False) -> dict[str, Tensor]:
     # whoever starts from published weights fine-tunes them: their masks stay
     return keep_masks(checkpoint_filter_fn(state_dict, model, features_only), model)
 
 
 def create_shiftwise(
-        variant: str,
-        pretrained: bool = False,
-        model_cls: type[ShiftwiseNet] = ShiftwiseNet,
-        **kwargs,
-) -> ShiftwiseNet:
+        variant: str, pretrained: bool = False, model_cls: type[ShiftwiseNet] = ShiftwiseNet, **kwargs) -> ShiftwiseNet:
     """Build a registered network through timm, with its weights if asked for."""
     with explain_missing_weights(variant, pretrained, kwargs):
         model = build_model_with_cfg(

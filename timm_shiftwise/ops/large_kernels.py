@@ -32,12 +32,8 @@ def assemble_kernels(weight: Tensor, wiring: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def assemble_centred(
-        weight: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        height: int | None = None,
-        width: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+        weight: Tensor, wiring: Tensor, focus_length: int, height: int | None = None,
+        width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels of :func:`assemble_kernels`, of odd sides with the output's own position in the middle.
 
     For a map of a known size the long sides are without what lies beyond it. The wide kernel is a transposed tall one
@@ -53,14 +49,8 @@ def assemble_centred(
 
 
 def small_kernel_gradient(
-        wide: Tensor,
-        tall: Tensor,
-        square: Tensor,
-        wiring: Tensor,
-        maps: int,
-        kernel_size: int,
-        focus_length: int,
-) -> Tensor:
+        wide: Tensor, tall: Tensor, square: Tensor, wiring: Tensor, maps: int, kernel_size: int,
+        focus_length: int) -> Tensor:
     """Gradient of the small kernels, each the sum over the places where it lies: [C, K, N, N].
 
     Args:

@@ -84,14 +84,7 @@ def kernel_ratio(focus_length: int, kernel_size: int, maps: int | None = None) -
 
 
 def large_kernels(
-        channels: int,
-        focus_length: int,
-        kernel_size: int,
-        height: int,
-        width: int,
-        *,
-        merged: bool = False,
-) -> Cost:
+        channels: int, focus_length: int, kernel_size: int, height: int, width: int, *, merged: bool = False) -> Cost:
     """SLaK's depthwise kernels: M x N, N x M, and N x N unless merged.
 
     Args:
@@ -108,18 +101,8 @@ def large_kernels(
 
 
 def small_kernels(
-        channels: int,
-        maps: int,
-        kept: int,
-        focus_length: int,
-        kernel_size: int,
-        height: int,
-        width: int,
-        *,
-        paths: int = 1,
-        shuffles: int = 1,
-        padding: str = 'full',
-) -> Cost:
+        channels: int, maps: int, kept: int, focus_length: int, kernel_size: int, height: int, width: int, *,
+        paths: int = 1, shuffles: int = 1, padding: str = 'full') -> Cost:
     """A shift-wise operator's small kernels, and the additions of their shifted maps.
 
     Paths are summed before the convolution, so they cost parameters alone. The additions per channel and output pixel

@@ -135,12 +135,8 @@ class NetworkProfile:
 
 
 def profile_model(
-        model: str | nn.Module,
-        *,
-        sparsity: float | Sequence[float] | None = None,
-        img_size: int | Sequence[int] | None = None,
-        device: str | torch.device = 'cpu',
-) -> NetworkProfile:
+        model: str | nn.Module, *, sparsity: float | Sequence[float] | None = None,
+        img_size: int | Sequence[int] | None = None, device: str | torch.device = 'cpu') -> NetworkProfile:
     """Count what a network of this package costs for one image, and what it would with SLaK's large kernels.
 
     Nothing is computed: the network may lie on the ``meta`` device, where all its groups count as kept.
@@ -225,13 +221,8 @@ def _share_per_stage(sparsity: float | Sequence[float] | None, stages: list[list
 
 
 def _profile_stage(
-        number: int,
-        blocks: list[nn.Module],
-        downsample: Cost,
-        size: tuple[int, int],
-        sparsity: float | None,
-        device: torch.device,
-) -> StageProfile:
+        number: int, blocks: list[nn.Module], downsample: Cost, size: tuple[int, int], sparsity: float | None,
+        device: torch.device) -> StageProfile:
     first = block_operator(blocks[0])
     shape = operator_shape(first)
     costs = [operator_cost(block_operator(block), *size, sparsity) for block in blocks]

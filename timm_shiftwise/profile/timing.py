@@ -58,14 +58,8 @@ class StageTime:
 
 
 def time_operators(
-        model: nn.Module,
-        sizes: Sequence[tuple[int, int]],
-        *,
-        densities: Sequence[float] = DENSITIES,
-        batch_size: int = 1,
-        repeats: int = 10,
-        device: str | torch.device = 'cpu',
-) -> Iterator[StageTime]:
+        model: nn.Module, sizes: Sequence[tuple[int, int]], *, densities: Sequence[float] = DENSITIES,
+        batch_size: int = 1, repeats: int = 10, device: str | torch.device = 'cpu') -> Iterator[StageTime]:
     """Time the first operator of each stage, forward in evaluation mode, beside SLaK's of the same width, M and N.
 
     The operators of a stage take turns, so that whatever slows the machine down slows them alike; the ratios are of
@@ -99,13 +93,8 @@ def time_operators(
 
 
 def _time_stages(
-        blocks: list[list[nn.Module]],
-        sizes: Sequence[tuple[int, int]],
-        densities: Sequence[float],
-        batch_size: int,
-        repeats: int,
-        device: torch.device,
-) -> Iterator[StageTime]:
+        blocks: list[list[nn.Module]], sizes: Sequence[tuple[int, int]], densities: Sequence[float], batch_size: int,
+        repeats: int, device: torch.device) -> Iterator[StageTime]:
     for number, (stage, (height, width)) in enumerate(zip(blocks, sizes, strict=True), start=1):
         operator = block_operator(stage[0])
         dim, _, _, focus_length, kernel_size = operator_shape(operator)
@@ -123,10 +112,7 @@ def _time_stages(
             OperatorTime(share, median, baseline / median) for share, median in zip(shares, medians, strict=True)))
 
 
-def _pruned(
-        operator: ShiftwiseConv2d | MergedShiftConv2d,
-        density: float,
-) -> ShiftwiseConv2d | MergedShiftConv2d:
+def _pruned(operator: ShiftwiseConv2d | MergedShiftConv2d, density: float) -> ShiftwiseConv2d | MergedShiftConv2d:
     """A copy of an operator with weights of its own, of whose groups a share is kept."""
     copied = copy.deepcopy(operator).float()
     *_, channels, maps, _, _ = shape = copied.kernels.shape

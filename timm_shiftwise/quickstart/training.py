@@ -130,12 +130,8 @@ def _loader_args(model: nn.Module, device: torch.device) -> dict[str, Any]:
 
 
 def train(
-        model: nn.Module,
-        images: DataLoader,
-        held_out: DataLoader,
-        epochs: int,
-        device: torch.device,
-) -> Iterator[Progress]:
+        model: nn.Module, images: DataLoader, held_out: DataLoader, epochs: int,
+        device: torch.device) -> Iterator[Progress]:
     """Train a network; it is in evaluation mode afterwards.
 
     Args:

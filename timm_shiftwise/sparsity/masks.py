@@ -67,13 +67,7 @@ def random_mask(shape: tuple[int, int], count: int, seed: int, step: int, layer:
 
 
 def prune_and_regrow(
-        mask: Tensor,
-        magnitude: Tensor,
-        rate: float,
-        seed: int,
-        step: int,
-        layer: int,
-) -> tuple[Tensor, Tensor]:
+        mask: Tensor, magnitude: Tensor, rate: float, seed: int, step: int, layer: int) -> tuple[Tensor, Tensor]:
     """Remove the kept groups of smallest magnitude and grow as many pruned ones, drawn at random.
 
     A group that was just removed may be drawn: it then starts anew, from zero, like every other one that grows.

@@ -13,13 +13,8 @@ TAICHI_IS_FASTER = {16: True, 8: False}
 
 
 def large_kernel_gradients(
-        grads: tuple[Tensor, Tensor, Tensor],
-        x: Tensor,
-        kernels: tuple[Tensor, Tensor, Tensor],
-        backend: str | None,
-        need_x: bool,
-        need_weight: bool,
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        grads: tuple[Tensor, Tensor, Tensor], x: Tensor, kernels: tuple[Tensor, Tensor, Tensor], backend: str | None,
+        need_x: bool, need_weight: bool) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """Gradients of a wide, a tall and a square depthwise convolution of one input.
 
     Args:

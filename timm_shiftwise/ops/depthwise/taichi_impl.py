@@ -9,12 +9,8 @@ from .taichi_rows import large_backward_kernel, large_layout
 
 
 def large_kernel_gradients_taichi(
-        grads: tuple[Tensor, Tensor, Tensor],
-        x: Tensor,
-        kernels: tuple[Tensor, Tensor, Tensor],
-        need_x: bool,
-        need_weight: bool,
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        grads: tuple[Tensor, Tensor, Tensor], x: Tensor, kernels: tuple[Tensor, Tensor, Tensor], need_x: bool,
+        need_weight: bool) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """See :func:`timm_shiftwise.ops.depthwise.large_kernel_gradients`; for tensors on the CPU, any memory format.
 
     The wide kernels are [C, n, columns], the tall ones [C, rows, n] and the square ones [C, n, n].

@@ -103,8 +103,7 @@ def large_layout(height: int, width: int, rows: int, turned_rows: int, n: int) -
 @ti.func
 def _load_plane(
         cells: ti.template(), at, row, lane, source: ti.template(), first, lines, count, line_step, step,
-        kind: ti.template(), real: ti.template(),
-):
+        kind: ti.template(), real: ti.template()):
     """Copy a plane of a flat array into rows of scratch, from vector ``at``, lane ``lane`` of each row on."""
     for i in range(lines):
         to = (at + ti.cast(i * row, ti.i64)) * LANES + lane
@@ -124,8 +123,7 @@ def _load_turned(cells: ti.template(), at, source: ti.template(), channel, count
 @ti.func
 def _correlate(
         memory: ti.template(), cells: ti.template(), plane, row, lines, columns, kernel, rows, target,
-        add: ti.template(), n: ti.template(), count: ti.template(), vector: ti.template(),
-):
+        add: ti.template(), n: ti.template(), count: ti.template(), vector: ti.template()):
     """Correlate a plane with a kernel [rows, n] of which the first element is ``cells[kernel]``."""
     reach = rows // 2
     y = 0
@@ -162,8 +160,7 @@ def _correlate(
 
 @ti.func
 def _add_products(
-        memory: ti.template(), seen, grad, row, lines, columns, rows, target, n: ti.template(), vector: ti.template(),
-):
+        memory: ti.template(), seen, grad, row, lines, columns, rows, target, n: ti.template(), vector: ti.template()):
     """Add what a plane of the input and one of a branch's gradient give to the gradient of a kernel [rows, n]."""
     reach = rows // 2
     a = 0

@@ -95,12 +95,8 @@ def _diagonal_sums(matrix: Tensor, first: int, count: int) -> Tensor:
 
 
 def large_kernel_gradients_torch(
-        grads: tuple[Tensor, Tensor, Tensor],
-        x: Tensor,
-        kernels: tuple[Tensor, Tensor, Tensor],
-        need_x: bool,
-        need_weight: bool,
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        grads: tuple[Tensor, Tensor, Tensor], x: Tensor, kernels: tuple[Tensor, Tensor, Tensor], need_x: bool,
+        need_weight: bool) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
     """See :func:`timm_shiftwise.ops.depthwise.large_kernel_gradients`.
 
     That of the input is a forward convolution with the turned kernels; those of the kernels, which PyTorch is slow at,

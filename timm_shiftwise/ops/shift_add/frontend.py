@@ -15,13 +15,8 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def shift_add(
-        y: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        kernel_size: int,
-        padding: str = 'full',
-        backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+        y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str = 'full',
+        backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Shift the maps of small convolutions to their places along the focus length and add them up.
 
     With ``s_g`` the shift of place ``g``, ``E`` the crop (:mod:`timm_shiftwise.geometry`) and zero outside of a map:
@@ -91,13 +86,8 @@ def check_wiring(wiring: Tensor, focus_length: int, kernel_size: int, channels: 
 
 @torch.library.custom_op('timm_shiftwise::shift_add', mutates_args=())
 def _shift_add(
-        y: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-        backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+        y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str,
+        backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     if choose_backend(backend, y.device) == 'taichi':
         from .taichi_impl import shift_add_taichi
         return shift_add_taichi(y, wiring, focus_length, kernel_size, padding)
@@ -117,16 +107,8 @@ def _(y, wiring, focus_length, kernel_size, padding, backend):
 
 @torch.library.custom_op('timm_shiftwise::shift_add_backward', mutates_args=())
 def _shift_add_backward(
-        grad_h: Tensor,
-        grad_v: Tensor,
-        grad_i: Tensor,
-        wiring: Tensor,
-        maps: int,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-        backend: str | None,
-) -> Tensor:
+        grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
+        padding: str, backend: str | None) -> Tensor:
     if choose_backend(backend, grad_h.device) == 'taichi':
         from .taichi_impl import shift_add_backward_taichi
         return shift_add_backward_taichi(

@@ -67,15 +67,8 @@ class BackwardLayout(NamedTuple):
 
 @lru_cache(maxsize=256)
 def backward_layout(
-        maps: int,
-        height: int,
-        width: int,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-        most: int,
-        convolved: bool,
-) -> BackwardLayout:
+        maps: int, height: int, width: int, focus_length: int, kernel_size: int, padding: str, most: int,
+        convolved: bool) -> BackwardLayout:
     """The layout for K maps a channel and images of one size; see :func:`.taichi_forward.forward_layout`."""
     def up(value: int) -> int:
         return -(-value // LANES)
@@ -114,8 +107,7 @@ def write_list_length(maps: int, groups: int, shuffles: int) -> int:
 @ti.func
 def _list_writes(
         lists: ti.template(), at, c, channels, maps, height, row, shuffles, groups, first_shift, kernel_size,
-        wiring: ti.template(), places: ti.template(),
-):
+        wiring: ti.template(), places: ti.template()):
     """List what each map of one channel gathers: where the entries of each map begin, wide then tall, and the entries.
 
     An entry of the wide branch is the vector of its gradient that the map's first column reads, one of the tall branch
@@ -167,8 +159,7 @@ def _load_gradients(
 @ti.func
 def _gather_row(
         memory: ti.template(), target, wide, tall, centre, p, k, lists: ti.template(), at, maps, height, row, narrow,
-        vectors, reads, e, count: ti.template(), real: ti.template(), vector: ti.template(),
-):
+        vectors, reads, e, count: ti.template(), real: ti.template(), vector: ti.template()):
     """Gather row ``p`` of the gradient of map ``k`` into scratch; ``reads`` is the length of the lists of entries."""
     uses = ti.cast(lists[at + 2 * (maps + 1) + reads + k], real)
     inside = 0 <= p - e < height
@@ -199,8 +190,7 @@ def _gather_row(
 @ti.func
 def _store_from(
         target: ti.template(), start, count, source: ti.template(), at, lane: ti.template(), kind: ti.template(),
-        real: ti.template(), vector: ti.template(),
-):
+        real: ti.template(), vector: ti.template()):
     """Copy ``count`` elements of a row of scratch, from lane ``lane`` of vector ``at`` on, to a flat array."""
     near = at + lane // LANES
     for v in range((count + LANES - 1) // LANES):

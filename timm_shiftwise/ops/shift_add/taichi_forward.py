@@ -69,15 +69,8 @@ def inside_of_maps(height: int, width: int, kernel_size: int, padding: str) -> T
 
 @lru_cache(maxsize=256)
 def forward_layout(
-        maps: int,
-        height: int,
-        width: int,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-        most: int,
-        convolved: bool,
-) -> ForwardLayout:
+        maps: int, height: int, width: int, focus_length: int, kernel_size: int, padding: str, most: int,
+        convolved: bool) -> ForwardLayout:
     """The layout for K maps a channel and images of one size.
 
     Args:
@@ -121,8 +114,7 @@ def read_list_length(maps: int, groups: int, shuffles: int) -> int:
 @ti.func
 def _list_reads(
         lists: ti.template(), at, c, channels, maps, map_height, row, left, shuffles, groups, first_shift, kernel_size,
-        e, mask: ti.template(), wiring: ti.template(), places: ti.template(), classes: ti.template(),
-):
+        e, mask: ti.template(), wiring: ti.template(), places: ti.template(), classes: ti.template()):
     """List what the branches of one channel read, as vectors from the start of its maps; pruned groups are left out.
 
     The lists lie one after another: the number of kept maps and which they are; the number of misalignments of the wide
@@ -177,8 +169,7 @@ def _list_reads(
 @ti.func
 def load_image(
         memory: ti.template(), base, source: ti.template(), first, height, width, row, n: ti.template(),
-        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template(),
-):
+        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template()):
     """Copy an image into scratch, padded by N - 1, once for every column b of a kernel: moved b columns to the left.
 
     The copies lie one after another, each [H + 2 (N - 1), row]; what is padding must hold zeros and keeps them.

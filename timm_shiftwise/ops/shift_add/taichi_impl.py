@@ -33,12 +33,7 @@ from .taichi_gather import backward_gather, forward_gather
 
 
 def shift_add_taichi(
-        y: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+        y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.torch_impl.shift_add_torch`; maps of float64, float32, float16 or bfloat16."""
     shuffles, channels, places = wiring.shape
     groups, maps = places // 2, y.shape[1] // channels
@@ -76,15 +71,8 @@ def shift_add_taichi(
 
 
 def shift_add_backward_taichi(
-        grad_h: Tensor,
-        grad_v: Tensor,
-        grad_i: Tensor,
-        wiring: Tensor,
-        maps: int,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-) -> Tensor:
+        grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
+        padding: str) -> Tensor:
     """The adjoint of :func:`shift_add_taichi`; see :func:`.torch_impl.shift_add_backward_torch`."""
     shuffles, channels, places = wiring.shape
     groups = places // 2

@@ -14,12 +14,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def shift_add_torch(
-        y: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+        y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str) -> tuple[Tensor, Tensor, Tensor]:
     """Shift the small convolutions' maps to their places and add them up.
 
     Args:
@@ -57,15 +52,8 @@ def shift_add_torch(
 
 
 def shift_add_backward_torch(
-        grad_h: Tensor,
-        grad_v: Tensor,
-        grad_i: Tensor,
-        wiring: Tensor,
-        maps: int,
-        focus_length: int,
-        kernel_size: int,
-        padding: str,
-) -> Tensor:
+        grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
+        padding: str) -> Tensor:
     """The adjoint of :func:`shift_add_torch`, which is linear: every read becomes an addition at the place read from.
 
     It makes the gradient of the maps, [B, C * K, map(H), map(W)], of those of the three branches, each [B, C, H, W];

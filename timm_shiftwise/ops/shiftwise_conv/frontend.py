@@ -20,14 +20,8 @@ from .ways import choose_way
 
 
 def shiftwise_conv2d(
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        focus_length: int,
-        padding: str = 'full',
-        mask: Tensor | None = None,
-        backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor, weight: Tensor, wiring: Tensor, focus_length: int, padding: str = 'full', mask: Tensor | None = None,
+        backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Run K small convolutions on every channel, shift their maps to their places and add them up.
 
     Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3. With ``padding='full'`` and tables in natural order this equals
@@ -92,14 +86,8 @@ def _plain(x: Tensor, weight: Tensor, wiring: Tensor, focus_length: int, padding
 
 @torch.library.custom_op('timm_shiftwise::shiftwise_conv2d', mutates_args=())
 def _shiftwise_conv2d(
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        mask: Tensor | None,
-        focus_length: int,
-        padding: str,
-        backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor, weight: Tensor, wiring: Tensor, mask: Tensor | None, focus_length: int, padding: str,
+        backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(x, weight, wiring, mask, focus_length, padding, backend)
     h, v, i = choose_way(call).way.forward(call)
     return h.contiguous(), v.contiguous(), i.contiguous()
@@ -112,19 +100,8 @@ def _(x, weight, wiring, mask, focus_length, padding, backend):
 
 @torch.library.custom_op('timm_shiftwise::shiftwise_conv2d_backward', mutates_args=())
 def _shiftwise_conv2d_backward(
-        grad_h: Tensor,
-        grad_v: Tensor,
-        grad_i: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        wiring: Tensor,
-        mask: Tensor | None,
-        focus_length: int,
-        padding: str,
-        backend: str | None,
-        need_x: bool,
-        need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+        grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, x: Tensor, weight: Tensor, wiring: Tensor, mask: Tensor | None,
+        focus_length: int, padding: str, backend: str | None, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
     call = Call(x, weight, wiring, mask, focus_length, padding, backend)
     grad_x, grad_weight = choose_way(call, backward=True).way.backward(
         (grad_h, grad_v, grad_i), call, need_x, need_weight)

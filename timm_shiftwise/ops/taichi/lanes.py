@@ -147,8 +147,7 @@ def lane_sum(value, real: ti.template()):
 @ti.func
 def load_row(
         target: ti.template(), at, lane: ti.template(), source: ti.template(), start, count,
-        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template(),
-):
+        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template()):
     """Copy ``count`` elements of an array (see :func:`packed`), from the element ``start`` on, into a row of scratch
     that holds zeros, from vector ``at``, lane ``lane`` on.
 
@@ -163,8 +162,7 @@ def load_row(
 @ti.func
 def _load_packs(
         target: ti.template(), at, lane: ti.template(), source: ti.template(), start, packs, pack: ti.template(),
-        real: ti.template(), vector: ti.template(),
-):
+        real: ti.template(), vector: ti.template()):
     moved = ti.static(-lane % pack)  # lanes of the first pack that the vector before holds
     used = ti.static(-(-(moved + LANES) // pack))
     for v in range((lane + packs * pack + LANES - 1) // LANES):
@@ -179,8 +177,7 @@ def _load_packs(
 @ti.func
 def _load_numbers(
         target: ti.template(), at, lane: ti.template(), source: ti.template(), start, count,
-        kind: ti.template(), real: ti.template(), vector: ti.template(),
-):
+        kind: ti.template(), real: ti.template(), vector: ti.template()):
     head = ti.static((LANES - lane) % LANES)
     if ti.static(head > 0):
         value = vector(0)
@@ -204,8 +201,7 @@ def _load_numbers(
 
 @ti.func
 def store_vector(
-        target: ti.template(), start, count, v, value, pack: ti.template(), kind: ti.template(), real: ti.template(),
-):
+        target: ti.template(), start, count, v, value, pack: ti.template(), kind: ti.template(), real: ti.template()):
     """Write vector ``v`` of a row of ``count`` elements to an array (see :func:`packed`) in which the row begins at the
     element ``start``; what is beyond the row is left out.
     """
@@ -228,8 +224,7 @@ def store_vector(
 @ti.func
 def store_row(
         target: ti.template(), start, count, source: ti.template(), at, pack: ti.template(), kind: ti.template(),
-        real: ti.template(),
-):
+        real: ti.template()):
     """Copy ``count`` elements of a row of scratch, from vector ``at`` on, to an array (see :func:`packed`)."""
     for v in range((count + LANES - 1) // LANES):
         store_vector(target, start, count, v, source[at + v], pack, kind, real)
