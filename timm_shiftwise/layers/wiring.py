@@ -102,10 +102,7 @@ def released_wiring(operator: str, channels: int, focus_length: int, kernel_size
     generator = torch.Generator(device='cpu').manual_seed(RELEASED_SEED)
 
     def orders() -> Tensor:
-        rows = [
-            torch.randperm(groups, generator=generator, device='cpu')
-            for _ in range(num_shuffles * channels)
-        ]
+        rows = [torch.randperm(groups, generator=generator, device='cpu') for _ in range(num_shuffles * channels)]
         return torch.stack(rows).view(num_shuffles, channels, groups)
 
     wide, tall = orders(), orders()

@@ -181,10 +181,7 @@ def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: st
     own = {name: wrapped[key] for name, key in names.items()}
     found = _in_own_layout(raw, module, own)
     parts = {_part(name) for name in names}
-    state = {
-        key: value for key, value in found.state.items()
-        if _part(key) in parts or not key.startswith(_UNWRAPPED)
-    }
+    state = {key: value for key, value in found.state.items() if _part(key) in parts or not key.startswith(_UNWRAPPED)}
     problems = [
         problem for key, problem in _misfits(state, own) if not is_wrappers or (key in state and key in own)]
     _refuse(found.problems + problems, raw, own)

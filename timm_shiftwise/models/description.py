@@ -187,11 +187,7 @@ def _add_slak_facts(facts: dict[str, Any], wide: list[Tensor]) -> None:
     # [C, 1, N, M]; merged kernels of even sides have one row or column more
     size = facts.setdefault('kernel_size', wide[0].shape[-2])
     lengths = facts.setdefault('focus_lengths', tuple(kernel.shape[-1] for kernel in wide))
-    facts.update(
-        family='slak',
-        groups=tuple(num_groups(m, size) for m in lengths),
-        worked=facts['dims'],
-    )
+    facts.update(family='slak', groups=tuple(num_groups(m, size) for m in lengths), worked=facts['dims'])
 
 
 def _add_small_kernel_facts(facts: dict[str, Any], blocks: _Blocks) -> None:

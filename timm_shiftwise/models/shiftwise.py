@@ -35,22 +35,11 @@ from timm.layers import (
     get_act_layer,
     trunc_normal_,
 )
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_shiftwise.layers import (
-    LargeKernelConv2d,
-    MergedConv2d,
-    MergedShiftConv2d,
-    ShiftwiseConv2d,
-)
+from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftConv2d, ShiftwiseConv2d
 from timm_shiftwise.sparsity import SparsitySchedule, keep_masks
 
 from .checkpoint import checkpoint_filter_fn, fitting, load_into_features, translate_within
@@ -124,18 +113,12 @@ class ShiftwiseBlock(nn.Module):
 
 def patch_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
     """Convolution of 4 x 4 patches -> LayerNorm: a quarter of the image's side."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd),
-        LayerNorm2d(dim, eps=1e-6, **dd),
-    )
+    return nn.Sequential(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd), LayerNorm2d(dim, eps=1e-6, **dd))
 
 
 def patch_downsample(in_chs: int, out_chs: int, **dd) -> nn.Sequential:
     """LayerNorm -> convolution of 2 x 2 patches: half of the map's side."""
-    return nn.Sequential(
-        LayerNorm2d(in_chs, eps=1e-6, **dd),
-        nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd),
-    )
+    return nn.Sequential(LayerNorm2d(in_chs, eps=1e-6, **dd), nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd))
 
 
 class ShiftwiseStage(nn.Module):

@@ -124,12 +124,7 @@ def small_kernels(
     made = map_size(height, kernel_size, padding) * map_size(width, kernel_size, padding)
     groups = num_groups(focus_length, kernel_size)
     added = shuffles * (2 * groups * kept / maps + channels)  # a pixel, over all channels
-    return Cost(
-        paths * channels * maps * area,
-        kept * area,
-        kept * area * made,
-        round(added * height * width),
-    )
+    return Cost(paths * channels * maps * area, kept * area, kept * area * made, round(added * height * width))
 
 
 def merged_kernels(weights: int, height: int, width: int) -> Cost:

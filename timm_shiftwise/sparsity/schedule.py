@@ -12,14 +12,7 @@ from torch.optim.optimizer import Optimizer
 from timm_shiftwise.layers import ShiftwiseConv2d
 
 from .follow import follow
-from .masks import (
-    prune_and_regrow,
-    prune_rate_at,
-    random_mask,
-    snip_counts,
-    snip_saliency,
-    uniform_counts,
-)
+from .masks import prune_and_regrow, prune_rate_at, random_mask, snip_counts, snip_saliency, uniform_counts
 from .sharding import multiply, whole
 
 _logger = logging.getLogger(__name__)
