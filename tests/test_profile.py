@@ -18,7 +18,7 @@ from timm_shiftwise.geometry import num_groups, small_padding
 from timm_shiftwise.models.variants import SHIFTWISE, SHIFTWISE_V2
 from timm_shiftwise.profile import Comparison, Cost, kernel_ratio, profile_model
 from timm_shiftwise.profile.cost import large_kernels, small_kernels
-from timm_shiftwise.profile.timing import _take_turns, time_operators
+from timm_shiftwise.profile.timing import take_turns, time_operators
 from timm_shiftwise.sparsity.masks import random_mask, uniform_counts
 
 PAPER_LENGTHS = (51, 49, 45, 13, 5)
@@ -315,7 +315,7 @@ def test_another_network_is_an_error():
 
 # timing
 
-def test_operators_take_turns():
+def test_operatorstake_turns():
     calls = []
 
     class Recorder(nn.Module):
@@ -327,7 +327,7 @@ def test_operators_take_turns():
             calls.append(self.name)
             return x
 
-    times = _take_turns([Recorder('a'), Recorder('b')], torch.zeros(1), repeats=3)
+    times = take_turns([Recorder('a'), Recorder('b')], torch.zeros(1), repeats=3)
     assert calls[-6:] == ['a', 'b'] * 3
     assert [len(taken) for taken in times] == [3, 3]
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -299,12 +300,13 @@ def _merging_table(model: 'nn.Module', exam: 'DataLoader', device: 'torch.device
     """Accuracy and latency of the network as it was trained, and merged for inference."""
     from timm.utils import reparameterize_model
 
-    from timm_shiftwise.quickstart.training import latencies, score
+    from timm_shiftwise.profile.timing import take_turns
+    from timm_shiftwise.quickstart.training import score
 
     merged = reparameterize_model(model.eval())
     scores = [score(network, exam, device) for network in (model, merged)]
     batch = next(iter(exam))[0].to(device)  # [B, 3, H, W]
-    of_one, of_many = (latencies((model, merged), x) for x in (batch[:1], batch))
+    of_one, of_many = (map(median, take_turns([model, merged], x, repeats=20)) for x in (batch[:1], batch))
     change = (scores[1].logits.softmax(1) - scores[0].logits.softmax(1)).abs().max().item()
 
     table = Table(

@@ -51,7 +51,6 @@ class Network:
         layout: Whose layout the checkpoint was in, ``'timm-shiftwise'`` or ``'authors'``.
         assumed: Arguments which nothing told and which are the registered network's own.
     """
-
     name: str
     args: dict[str, Any]
     layout: str
@@ -70,7 +69,6 @@ class Conversion:
         merged: Whether the network in the folder is merged for inference.
         error: Largest difference between the logits of the source and of the folder, as a share of the largest logit.
     """
-
     folder: Path
     weights: Path
     network: Network
@@ -80,16 +78,9 @@ class Conversion:
 
 
 def convert(
-        source: str | Path,
-        output: str | Path,
-        model: str | None = None,
-        model_args: Mapping[str, Any] | None = None,
-        *,
-        reparameterize: bool = False,
-        use_ema: bool = True,
-        overwrite: bool = False,
-        provenance: Provenance | None = None,
-) -> Conversion:
+        source: str | Path, output: str | Path, model: str | None = None, model_args: Mapping[str, Any] | None = None,
+        *, reparameterize: bool = False, use_ema: bool = True, overwrite: bool = False,
+        provenance: Provenance | None = None) -> Conversion:
     """Turn a checkpoint into a Hub folder, and check that the folder gives the same logits.
 
     The folder is written under another name beside its place and renamed when it is whole.

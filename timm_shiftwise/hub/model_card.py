@@ -68,7 +68,6 @@ class Provenance:
         license: Licence of the weights, as the Hub knows it.
         results: Pairs of a result and its source.
     """
-
     description: str | None = None
     dataset: str | None = None
     license: str | None = None
@@ -83,7 +82,6 @@ class Picture:
         imports: Line of code that its image needs.
         image: Expression of a PIL image, which may use ``Image``.
     """
-
     imports: str
     image: str
 
@@ -110,7 +108,6 @@ class CardFacts:
         provenance: What the user says.
         picture: What the usage section classifies.
     """
-
     title: str
     reference: str
     architecture: str

@@ -40,7 +40,6 @@ class Plan:
         card: The model card as it is sent.
         architecture: Name of the network.
     """
-
     folder: Path
     repo_id: str
     endpoint: str

@@ -40,7 +40,6 @@ class Source:
         train_args: args.yaml of train.py; empty for others.
         summary: Rows of train.py's summary.csv.
     """
-
     file: Path
     state: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)

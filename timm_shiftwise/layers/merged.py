@@ -206,7 +206,6 @@ class MergedShiftConv2d(Operator):
         - Input: [B, dim, H, W]
         - Output: [B, dim, H, W]
     """
-
     kernels: Tensor
     factors: Tensor
     wiring: Tensor

@@ -29,7 +29,6 @@ class Operator(nn.Module):
     Raises:
         ValueError: If an argument is out of its range.
     """
-
     group_mask: Tensor
     built_for: Tensor
 

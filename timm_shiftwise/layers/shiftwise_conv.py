@@ -46,7 +46,6 @@ class ShiftwiseConv2d(Operator):
     Raises:
         ValueError: If an argument is out of its range.
     """
-
     wiring: Tensor
 
     def __init__(

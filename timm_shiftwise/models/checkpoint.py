@@ -55,7 +55,6 @@ class _Translation(NamedTuple):
         is_whole: Whether nothing but a classifier may be missing or left over, whatever is asked for.
         is_reordered: Whether channels were brought into another order.
     """
-
     state: dict[str, Tensor]
     problems: list[str]
     is_whole: bool = False

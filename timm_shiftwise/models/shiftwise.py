@@ -138,18 +138,9 @@ class ShiftwiseStage(nn.Module):
     """
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            depth: int,
-            conv_layer: Callable[..., nn.Module],
-            block_layer: Callable[..., nn.Module],
-            downsample_layer: Callable[..., nn.Module] | None,
-            drop_path_rates: list[float],
-            ls_init_value: float | None = 1e-6,
-            device=None,
-            dtype=None,
-    ) -> None:
+            self, in_chs: int, out_chs: int, depth: int, conv_layer: Callable[..., nn.Module],
+            block_layer: Callable[..., nn.Module], downsample_layer: Callable[..., nn.Module] | None,
+            drop_path_rates: list[float], ls_init_value: float | None = 1e-6, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False

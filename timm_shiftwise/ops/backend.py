@@ -33,17 +33,10 @@ class BackendChoice(NamedTuple):
 
 
 def requested_backend(requested: str | None) -> tuple[str, str]:
-    """What was asked for, and by what.
-
-    Args:
-        requested: The backend argument of a call; None follows the environment variable
-            ``TIMM_SHIFTWISE_BACKEND``, else ``'auto'``.
-
-    Returns:
-        One of :data:`BACKENDS` and the name of its source.
+    """One of :data:`BACKENDS`, and what asks for it: the argument of a call or, if that is None, the environment.
 
     Raises:
-        ValueError: If the backend asked for is unknown.
+        ValueError: If it is unknown.
     """
     source = 'the backend argument'
     if requested is None:
@@ -61,9 +54,6 @@ def explain_backend(requested: str | None, device: torch.device) -> BackendChoic
         requested: ``'auto'``, ``'taichi'`` or ``'torch'``; None follows the environment variable
             ``TIMM_SHIFTWISE_BACKEND``, else ``'auto'``.
         device: Where the tensors of the call are.
-
-    Returns:
-        The choice with its reason.
 
     Raises:
         ValueError: If the backend asked for is unknown.
@@ -83,19 +73,7 @@ def explain_backend(requested: str | None, device: torch.device) -> BackendChoic
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
-    """Choose the implementation of an operator; a fallback from Taichi to PyTorch is logged once for each reason.
-
-    Args:
-        requested: See :func:`explain_backend`.
-        device: Where the tensors of the call are.
-
-    Returns:
-        ``'taichi'`` or ``'torch'``.
-
-    Raises:
-        ValueError: If the backend asked for is unknown.
-        RuntimeError: If the backend asked for cannot run here.
-    """
+    """As :func:`explain_backend`, ``'taichi'`` or ``'torch'`` alone; logs a fallback, once for each reason."""
     choice = explain_backend(requested, device)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
@@ -104,7 +82,5 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
         _logger.log(
             level,
             'Shift-wise operators run in plain PyTorch, not in Taichi: %s. (%s=torch asks for this and is silent.)',
-            choice.reason,
-            ENVIRONMENT_VARIABLE,
-        )
+            choice.reason, ENVIRONMENT_VARIABLE)
     return choice.backend

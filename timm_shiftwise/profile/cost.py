@@ -20,7 +20,6 @@ class Cost:
         multiply_adds: Those of convolutions and linear layers, of kept groups only.
         additions: Those by which shifted maps are added up.
     """
-
     parameters: int = 0
     kept_parameters: int = 0
     multiply_adds: int = 0
@@ -43,7 +42,6 @@ class Comparison:
         ours: Cost of the network as it is.
         slak: Cost of the same network with SLaK's large kernels of the same M and N as its operators.
     """
-
     ours: Cost = Cost()
     slak: Cost = Cost()
 

@@ -1,6 +1,6 @@
 """Which groups a network keeps, layer by layer."""
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -8,6 +8,30 @@ from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.layers.operator import Operator
 from timm_shiftwise.models import ShiftwiseNet
 from timm_shiftwise.sparsity import SparsitySchedule
+
+
+class Parts:
+    """Something whose parts have so many ``kept`` small kernels of a ``total``."""
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The parts."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> int:
+        """Kept small kernels."""
+        return sum(part.kept for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        """Small kernels, kept and pruned."""
+        return sum(part.total for part in self.parts)
+
+    @property
+    def density(self) -> float:
+        """Share of the small kernels that is kept; 1 where there are none."""
+        return self.kept / self.total if self.total else 1.
 
 
 @dataclass(frozen=True)
@@ -18,7 +42,6 @@ class LayerGroups:
         name: Name of the operator in the network, ``stages.0.blocks.0.conv_dw``.
         mask: Which small kernels are kept, boolean [C, K], on the CPU.
     """
-
     name: str
     mask: Tensor
 
@@ -44,7 +67,7 @@ class LayerGroups:
 
 
 @dataclass(frozen=True)
-class StageGroups:
+class StageGroups(Parts):
     """Kept groups of one stage.
 
     Attributes:
@@ -53,7 +76,6 @@ class StageGroups:
         groups: G.
         layers: Its operators.
     """
-
     dim: int
     focus_length: int
     groups: int
@@ -70,23 +92,13 @@ class StageGroups:
         return self.layers[0].mask.shape[1]
 
     @property
-    def kept(self) -> int:
-        """Kept small kernels."""
-        return sum(layer.kept for layer in self.layers)
-
-    @property
-    def total(self) -> int:
-        """Small kernels, kept and pruned."""
-        return sum(layer.total for layer in self.layers)
-
-    @property
-    def density(self) -> float:
-        """Share of the small kernels that is kept."""
-        return self.kept / self.total
+    def parts(self) -> tuple[LayerGroups, ...]:
+        """Its operators."""
+        return self.layers
 
 
 @dataclass(frozen=True)
-class NetworkGroups:
+class NetworkGroups(Parts):
     """Kept groups of a network.
 
     Attributes:
@@ -95,25 +107,14 @@ class NetworkGroups:
             ``'fixed'``; ``'none'`` in a merged network, which has no schedule.
         step: Optimiser steps that the schedule has counted.
     """
-
     stages: tuple[StageGroups, ...]
     updates: str
     step: int
 
     @property
-    def kept(self) -> int:
-        """Kept small kernels."""
-        return sum(stage.kept for stage in self.stages)
-
-    @property
-    def total(self) -> int:
-        """Small kernels, kept and pruned."""
-        return sum(stage.total for stage in self.stages)
-
-    @property
-    def density(self) -> float:
-        """Share of the small kernels that is kept."""
-        return self.kept / self.total
+    def parts(self) -> tuple[StageGroups, ...]:
+        """Its stages."""
+        return self.stages
 
     @property
     def is_dense(self) -> bool:

@@ -16,7 +16,7 @@ from timm_shiftwise.layers import MergedConv2d, MergedShiftConv2d
 from timm_shiftwise.models import ShiftwiseNet
 
 from .cost import Comparison, Cost, kernel_ratio
-from .kept import check_network, stage_blocks
+from .kept import Parts, check_network, stage_blocks
 from .operators import block_operator, operator_cost, operator_shape
 from .ways import Way, way_of
 
@@ -41,7 +41,6 @@ class StageProfile:
         whole: The whole stage, with the downsampling before it.
         way: How the first operator is computed, and why so.
     """
-
     stage: int
     blocks: int
     dim: int
@@ -64,7 +63,7 @@ class StageProfile:
 
 
 @dataclass(frozen=True)
-class NetworkProfile:
+class NetworkProfile(Parts):
     """Cost of a network for one image.
 
     Attributes:
@@ -79,7 +78,6 @@ class NetworkProfile:
         stages: Cost of each stage.
         head: Cost of the head.
     """
-
     model: str
     height: int
     width: int
@@ -91,19 +89,9 @@ class NetworkProfile:
     head: Comparison
 
     @property
-    def kept(self) -> int:
-        """Kept small kernels."""
-        return sum(stage.kept for stage in self.stages)
-
-    @property
-    def total(self) -> int:
-        """Small kernels, kept and pruned."""
-        return sum(stage.total for stage in self.stages)
-
-    @property
-    def density(self) -> float:
-        """Share of the small kernels that is kept; 1 for large kernels."""
-        return self.kept / self.total if self.total else 1.
+    def parts(self) -> tuple[StageProfile, ...]:
+        """Its stages."""
+        return self.stages
 
     @property
     def depthwise(self) -> Comparison:
@@ -117,20 +105,12 @@ class NetworkProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain names and values: what is counted, and the ratios."""
+        names = ('model', 'kernel_size', 'merged', 'sparsity', 'kept', 'total', 'density')
+        costs = ('stem', 'head', 'depthwise', 'whole')
         return {
-            'model': self.model,
-            'input_size': [self.height, self.width],
-            'kernel_size': self.kernel_size,
-            'merged': self.merged,
-            'sparsity': self.sparsity,
-            'kept': self.kept,
-            'total': self.total,
-            'density': self.density,
-            'stem': _plain(self.stem),
+            **{name: getattr(self, name) for name in names}, 'input_size': [self.height, self.width],
+            **{name: _plain(getattr(self, name)) for name in costs},
             'stages': [_plain_stage(stage) for stage in self.stages],
-            'head': _plain(self.head),
-            'depthwise': _plain(self.depthwise),
-            'whole': _plain(self.whole),
         }
 
 
@@ -297,20 +277,10 @@ def _finite(ratio: float) -> float | None:
 
 
 def _plain_stage(stage: StageProfile) -> dict[str, Any]:
+    names = (
+        'stage', 'blocks', 'dim', 'channels', 'focus_length', 'groups', 'kept', 'total', 'density', 'kernel_ratio')
     return {
-        'stage': stage.stage,
-        'blocks': stage.blocks,
-        'dim': stage.dim,
-        'channels': stage.channels,
-        'focus_length': stage.focus_length,
-        'groups': stage.groups,
-        'map_size': [stage.height, stage.width],
-        'kept': stage.kept,
-        'total': stage.total,
-        'density': stage.density,
-        'kernel_ratio': stage.kernel_ratio,
-        'depthwise': _plain(stage.depthwise),
-        'whole': _plain(stage.whole),
-        'way': stage.way.name,
-        'way_reason': stage.way.reason,
+        **{name: getattr(stage, name) for name in names}, 'map_size': [stage.height, stage.width],
+        'depthwise': _plain(stage.depthwise), 'whole': _plain(stage.whole),
+        'way': stage.way.name, 'way_reason': stage.way.reason,
     }

@@ -22,7 +22,6 @@ class Shape(NamedTuple):
         focus_length: M in pixels.
         kernel_size: N in pixels.
     """
-
     dim: int
     channels: int
     maps: int
@@ -38,7 +37,6 @@ class OperatorCost(NamedTuple):
         kernels: The kernels alone.
         rest: What is held beside them: norms, or what they were merged to.
     """
-
     kept: int
     kernels: Comparison
     rest: Comparison

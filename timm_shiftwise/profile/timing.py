@@ -5,7 +5,7 @@ Source: Shift-ConvNets (arXiv 2401.12736), Table 5.
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,6 @@ class OperatorTime:
         milliseconds: Median time of a forward pass.
         ratio: How many times that long SLaK's operator takes.
     """
-
     density: float
     milliseconds: float
     ratio: float
@@ -50,7 +49,6 @@ class StageTime:
             far above 1 on a machine that does something else meanwhile.
         operators: The stage's first operator at each density.
     """
-
     stage: int
     large_kernel_milliseconds: float
     spread: float
@@ -106,7 +104,7 @@ def _time_stages(
         with torch.random.fork_rng(devices=[]):
             slak = LargeKernelConv2d(dim, focus_length, kernel_size)
         x = torch.randn(batch_size, dim, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-        times = _take_turns([module.to(device).eval() for module in (slak, *timed)], x, repeats)
+        times = take_turns([module.to(device).eval() for module in (slak, *timed)], x, repeats)
         baseline, *medians = [statistics.median(taken) for taken in times]
         yield StageTime(number, baseline, max(_spread(taken) for taken in times), tuple(
             OperatorTime(share, median, baseline / median) for share, median in zip(shares, medians, strict=True)))
@@ -124,7 +122,7 @@ def _pruned(operator: ShiftwiseConv2d | MergedShiftConv2d, density: float) -> Sh
 
 
 @torch.inference_mode()
-def _take_turns(modules: list[nn.Module], x: Tensor, repeats: int) -> list[list[float]]:
+def take_turns(modules: Sequence[nn.Module], x: Tensor, repeats: int) -> list[list[float]]:
     """Milliseconds of each module's forward passes, one of every module in each turn."""
     for module in modules:
         for _ in range(_WARM_UP):
@@ -143,7 +141,7 @@ def _spread(taken: list[float]) -> float:
     return upper / lower
 
 
-def _milliseconds(module: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def _milliseconds(module: nn.Module, x: Tensor) -> float:
     _wait_for(x.device)
     start = time.perf_counter()
     module(x)
@@ -153,4 +151,4 @@ def _milliseconds(module: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 def _wait_for(device: torch.device) -> None:
     if device.type != 'cpu':
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)

@@ -19,7 +19,6 @@ class Way(NamedTuple):
         name: The way in a few words.
         reason: A clause that says why it is taken, for people.
     """
-
     name: str
     reason: str
 

@@ -1,7 +1,5 @@
 """Training and scoring of a network on the digits, with timm's loaders, optimiser and scheduler."""
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +26,6 @@ _LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 0.05
 _LABEL_SMOOTHING = 0.1
 _UPDATES_OF_THE_MASKS = 16
-_WARM_UP = 3
 
 
 class Progress(NamedTuple):
@@ -187,32 +184,3 @@ def score(model: nn.Module, images: DataLoader, device: torch.device) -> Scores:
 def files_of(images: DataLoader) -> list[Path]:
     """Paths of a loader's images, in the data set's order."""
     return [Path(file) for file in cast(ImageDataset, images.dataset).filenames(absolute=True)]
-
-
-@torch.inference_mode()
-def latencies(models: Sequence[nn.Module], batch: Tensor, repeats: int = 20) -> list[float]:
-    """Median time of a forward pass in evaluation mode of each network, in milliseconds.
-
-    The networks take turns, so that whatever slows the machine down slows them alike.
-
-    Args:
-        models: The networks.
-        batch: Images [B, C, H, W] on the networks' device.
-        repeats: Number of timed passes of each network.
-    """
-    times: list[list[float]] = [[] for _ in models]
-    for turn in range(-_WARM_UP, repeats):
-        for model, taken in zip(models, times, strict=True):
-            model.eval()
-            _wait_for(batch.device)
-            start = time.perf_counter()
-            model(batch)
-            _wait_for(batch.device)
-            if turn >= 0:
-                taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)

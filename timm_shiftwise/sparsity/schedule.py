@@ -53,7 +53,6 @@ class SparsitySchedule(nn.Module):
     Raises:
         ValueError: If a setting is out of its range.
     """
-
     phase: Tensor
     step: Tensor
 

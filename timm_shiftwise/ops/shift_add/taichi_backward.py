@@ -139,8 +139,7 @@ def _list_writes(
 def _load_gradients(
         memory: ti.template(), wide, tall, centre, grad_h: ti.template(), grad_v: ti.template(), grad_i: ti.template(),
         source, height, width, left, row, narrow, e, used: ti.template(), crop_lane: ti.template(),
-        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template(),
-):
+        pack: ti.template(), kind: ti.template(), real: ti.template(), vector: ti.template()):
     """Copy the gradients of a plane into scratch, that of the wide branch once for each misalignment that occurs."""
     for i in range(height):
         line = source + ti.cast(i, ti.i64) * width
