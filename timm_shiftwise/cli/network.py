@@ -13,7 +13,6 @@ from rich.table import Table
 from . import CommandError
 
 if TYPE_CHECKING:
-    from ..hub.source import Source
     from ..models import ShiftwiseNet
 
 FORMATS = ('table', 'json', 'csv')
@@ -97,10 +96,11 @@ def load_network(checkpoint: str, model: str | None, model_kwargs: Mapping[str, 
     """
     from ..hub.convert import tell_network
     from ..hub.errors import HubError
+    from ..hub.source import read_source
     from ..models import CheckpointError
 
     try:
-        source = _read(checkpoint)
+        source = read_source(checkpoint)
         if model is not None and is_elsewhere(model):
             network, name = build_network(model, **model_kwargs), model
         else:
@@ -110,12 +110,6 @@ def load_network(checkpoint: str, model: str | None, model_kwargs: Mapping[str, 
     except (HubError, CheckpointError) as error:
         raise CommandError(str(error)) from error
     return network, name
-
-
-def _read(checkpoint: str) -> 'Source':
-    from ..hub.source import read_source
-
-    return read_source(checkpoint)
 
 
 def print_sections(*sections: Sequence[Table | str]) -> None:

@@ -1,7 +1,6 @@
 """`timm-shiftwise profile MODEL`: what a network costs, beside the same network with SLaK's large kernels."""
 import argparse
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from rich import box
@@ -22,7 +21,7 @@ from .network import (
 
 if TYPE_CHECKING:
     from ..models import ShiftwiseNet
-    from ..profile import Comparison, Cost, NetworkProfile
+    from ..profile import Comparison, NetworkProfile
     from ..profile.timing import StageTime
 
 _CALM = 1.5
@@ -227,7 +226,7 @@ def _rows(profile: 'NetworkProfile', times: 'list[StageTime]') -> list[dict[str,
     """A row for each part of the network, and for all; a part has no value in columns that are not for it."""
     rows = []
     for name, cost in _parts(profile):
-        row: dict[str, Any] = dict.fromkeys(('part', *_FACTS, *_cost_names('depthwise')), '')
+        row: dict[str, Any] = dict.fromkeys(('part', *_FACTS, *_cost_values('depthwise', profile.depthwise)), '')
         row.update(part=name, **_cost_values('whole', cost), way='', way_reason='')
         rows.append(row)
     for row, stage in zip(rows[1:], profile.stages, strict=False):
@@ -249,27 +248,12 @@ _FACTS = (
     'blocks', 'dim', 'channels', 'focus_length', 'groups', 'height', 'width', 'kept', 'total', 'density',
     'kernel_ratio',
 )
-_COSTS: 'tuple[tuple[str, Callable[[Cost], int]], ...]' = (
-    ('parameters', lambda cost: cost.parameters),
-    ('kept_parameters', lambda cost: cost.kept_parameters),
-    ('multiply_adds', lambda cost: cost.multiply_adds),
-    ('additions', lambda cost: cost.additions),
-)
-
-
-def _cost_names(scope: str) -> list[str]:
-    from ..profile import Comparison
-
-    return list(_cost_values(scope, Comparison()))
 
 
 def _cost_values(scope: str, cost: 'Comparison') -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for side in ('ours', 'slak'):
-        for name, read in _COSTS:
-            values[f'{scope}_{side}_{name}'] = read(getattr(cost, side))
     return {
-        **values,
+        **{f'{scope}_{side}_{name}': value for side, held in dataclasses.asdict(cost).items()
+           for name, value in held.items()},
         f'{scope}_parameter_ratio': cost.parameter_ratio,
         f'{scope}_multiply_add_ratio': cost.multiply_add_ratio,
     }

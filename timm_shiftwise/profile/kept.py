@@ -10,13 +10,20 @@ from timm_shiftwise.models import ShiftwiseNet
 from timm_shiftwise.sparsity import SparsitySchedule
 
 
-class Parts:
-    """Something whose parts have so many ``kept`` small kernels of a ``total``."""
+class Counted:
+    """Something of whose ``total`` small kernels so many are ``kept``."""
+    kept: Any
+    total: Any
 
     @property
-    def parts(self) -> tuple[Any, ...]:
-        """The parts."""
-        raise NotImplementedError
+    def density(self) -> float:
+        """Share of the small kernels that is kept; 1 where there are none, as of large kernels."""
+        return self.kept / self.total if self.total else 1.
+
+
+class Parts(Counted):
+    """Something that keeps what its ``parts`` keep."""
+    parts: Any
 
     @property
     def kept(self) -> int:
@@ -28,14 +35,9 @@ class Parts:
         """Small kernels, kept and pruned."""
         return sum(part.total for part in self.parts)
 
-    @property
-    def density(self) -> float:
-        """Share of the small kernels that is kept; 1 where there are none."""
-        return self.kept / self.total if self.total else 1.
-
 
 @dataclass(frozen=True)
-class LayerGroups:
+class LayerGroups(Counted):
     """Kept groups of one operator.
 
     Attributes:
@@ -54,11 +56,6 @@ class LayerGroups:
     def total(self) -> int:
         """Small kernels, kept and pruned."""
         return self.mask.numel()
-
-    @property
-    def density(self) -> float:
-        """Share of the small kernels that is kept."""
-        return self.kept / self.total
 
     @property
     def empty_channels(self) -> int:

@@ -16,13 +16,13 @@ from timm_shiftwise.layers import MergedConv2d, MergedShiftConv2d
 from timm_shiftwise.models import ShiftwiseNet
 
 from .cost import Comparison, Cost, kernel_ratio
-from .kept import Parts, check_network, stage_blocks
+from .kept import Counted, Parts, check_network, stage_blocks
 from .operators import block_operator, operator_cost, operator_shape
 from .ways import Way, way_of
 
 
 @dataclass(frozen=True)
-class StageProfile:
+class StageProfile(Counted):
     """Cost of one stage for one image.
 
     Attributes:
@@ -55,11 +55,6 @@ class StageProfile:
     depthwise: Comparison
     whole: Comparison
     way: Way
-
-    @property
-    def density(self) -> float:
-        """Share of the small kernels that is kept; 1 for large kernels."""
-        return self.kept / self.total if self.total else 1.
 
 
 @dataclass(frozen=True)
