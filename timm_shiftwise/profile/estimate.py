@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from timm_shiftwise.layers import MergedConv2d, MergedShiftConv2d, ShiftwiseConv2d
-from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.ways import WAYS, Way, choose_way
 
 from .kept import check_network, stage_blocks
 from .network import StageProfile, profile_model
 from .operators import block_operator
+from .ways import call_of
 
 BASELINE = 'convnext_tiny'
 """The network that every estimate is set beside."""
@@ -268,13 +268,11 @@ def _stage(
         blocks: list[nn.Module], stage: StageProfile, accelerator: Accelerator, images: Tensor) -> StageEstimate:
     operator = block_operator(blocks[0])
     assert isinstance(operator, ShiftwiseConv2d)
-    x = images.new_empty(len(images), stage.channels, stage.height, stage.width)
-    wiring, weight = operator.wiring, x.new_empty(operator.kernels.shape[1:])
-    call = Call(x, weight, wiring, None, operator.focus_length, operator.padding, operator.backend)
+    call = call_of(operator, images.new_empty(len(images), stage.channels, stage.height, stage.width))
 
     def computed_by(way: Way) -> None:
         way.forward(call)
-        way.backward((x, x, x), call, True, True)
+        way.backward((call.x, call.x, call.x), call, True, True)
 
     ways_ms = {
         name: stage.blocks * _milliseconds(partial(computed_by, way), accelerator)
