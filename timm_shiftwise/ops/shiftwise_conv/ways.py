@@ -4,6 +4,8 @@ A way is a file of this folder and a row of :data:`WAYS`:
 
 ``fused``
     Small convolutions, shifts and additions in one Taichi kernel that skips pruned groups (:mod:`.fused`).
+``toeplitz``
+    The merged kernels' convolutions as batched matrix products, for devices other than CPUs (:mod:`.toeplitz`).
 ``merged``
     One wide, one tall and one square convolution, their kernels assembled from the small ones (:mod:`.merged`).
 ``shift``
@@ -21,6 +23,7 @@ from timm_shiftwise.ops.taichi.runtime import LANES
 from .call import Branches, Call, Gradients
 from .merged import merged_conv2d, merged_conv2d_backward
 from .shift import shift_conv2d, shift_conv2d_backward
+from .toeplitz import toeplitz_conv2d, toeplitz_conv2d_backward
 
 ENVIRONMENT_VARIABLE = 'TIMM_SHIFTWISE_WAY'
 
@@ -52,16 +55,19 @@ class Way(NamedTuple):
         name: What users ask for it by.
         backends: What it runs in.
         obstacle: What hinders it in a call; None if nothing does.
-        limit: Share of kept groups up to which it is the fastest of those that can run, by call and direction.
+        limit: Share of kept groups up to which it is the fastest of those that can run, by call and direction; below
+            zero it is taken only where it is asked for.
         forward: Computes the three branches.
         backward: Computes the gradients, of those of the branches and the call, of x and of the kernels if wanted.
+        blocks: Values of their last argument, ``block``, that are worth timing, beside None; empty if they have none.
     """
     name: str
     backends: tuple[str, ...]
     obstacle: Callable[[Call], str | None]
     limit: Callable[[Call, str], float]
-    forward: Callable[[Call], Branches]
-    backward: Callable[[Branches, Call, bool, bool], Gradients]
+    forward: Callable[..., Branches]
+    backward: Callable[..., Gradients]
+    blocks: tuple[int, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -102,9 +108,15 @@ def _fused_limit(call: Call, direction: str) -> float:
     return next(limit.density for limit in FUSED_UP_TO[LANES, direction] if pixels >= limit.pixels)
 
 
+def _toeplitz_limit(call: Call, direction: str) -> float:
+    return -1. if call.x.device.type == 'cpu' else 1.
+
+
 WAYS = {way.name: way for way in (  # of those that are the fastest the first is taken
     Way('fused', ('taichi',), _no_fused, _fused_limit,
         _at_first_call('fused', 'fused_conv2d'), _at_first_call('fused', 'fused_conv2d_backward')),
+    Way('toeplitz', ('torch',), lambda *_: None, _toeplitz_limit, toeplitz_conv2d, toeplitz_conv2d_backward,
+        blocks=(2, 4, 8)),
     Way('merged', ('torch',), _no_merged, lambda *_: 1., merged_conv2d, merged_conv2d_backward),
     Way('shift', ('torch', 'taichi'), lambda *_: None, lambda *_: 1., shift_conv2d, shift_conv2d_backward),
 )}
@@ -122,6 +134,7 @@ def choose_way(call: Call, backward: bool = False) -> Choice:
     if asked:
         return _asked_for(asked, call)
     requested, source = requested_backend(call.backend)
+    direction = 'backward' if backward else 'forward'
     reasons = []
     for way in WAYS.values():
         obstacle = way.obstacle(call)
@@ -129,9 +142,11 @@ def choose_way(call: Call, backward: bool = False) -> Choice:
             reasons.append(f'{way.name} is not in {requested}, which {source} asks for')
         elif obstacle is not None:
             reasons.append(f'not {way.name}: {obstacle}')
+        elif way.limit(call, direction) < 0:
+            continue
         elif requested == 'auto' and way.backends == ('taichi',):
             # Taichi is looked for last, because that costs as much as a convolution of a small map
-            limit = way.limit(call, 'backward' if backward else 'forward')
+            limit = way.limit(call, direction)
             density = 1. if mask is None else float(mask.float().mean())
             seen = f'{density:.0%} of the groups are kept'
             if density > limit:
