@@ -19,9 +19,9 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser = subparsers.add_parser(
         'check',
         help='check on a device that every way is right, and time a network; one report to send back',
-        description='Compare every way to compute the operator with its definition, train, compile and merge a network, '
-                    'time it beside convnext_tiny, and tell which ways are taken. The exit status is 1 if anything '
-                    'is wrong.',
+        description='Compare every way to compute the operator with its definition, train, compile and merge a '
+                    'network, time it beside convnext_tiny, and tell which ways are taken. The exit status is 1 if '
+                    'anything is wrong.',
     )
     parser.add_argument('--device', default='cuda', help='where to run: cuda, cuda:1, xpu, mps, cpu (%(default)s)')
     parser.add_argument('--model', metavar='NAME', default='sw_tiny', help='the network (%(default)s)')

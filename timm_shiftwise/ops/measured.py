@@ -155,8 +155,8 @@ class Choices:
             if not timed:
                 return None
             name = min(timed, key=timed.__getitem__)
-            where = 'this size' if nearest == size else f'{nearest.batch} x {nearest.height} x {nearest.width}, the nearest'
-            return Answer(name, f'the fastest of {len(timed)} that were timed on {layer.device} for {where}')
+            place = ' x '.join(map(str, nearest)) + ('' if nearest == size else ', the nearest size')
+            return Answer(name, f'the fastest of {len(timed)} that were timed on {layer.device} at {place}')
 
     def records(self) -> list[dict[str, Any]]:
         """All choices, as the file holds them."""
@@ -172,7 +172,7 @@ class Choices:
     def _time(self, candidates: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
         """Median milliseconds of the candidates, without those that ran out of memory."""
         taken: dict[str, list[float]] = {name: [] for name in candidates}
-        for turn in range(1 + ROUNDS):
+        for _turn in range(1 + ROUNDS):
             for name in list(taken):
                 try:
                     taken[name].append(self.timer(candidates[name], device))

@@ -19,13 +19,13 @@ from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.layers import ShiftwiseConv2d
 from timm_shiftwise.ops.backend import explain_backend
 from timm_shiftwise.ops.measured import CHOICES, is_timed
-from timm_shiftwise.ops.shiftwise_conv.call import Call
+from timm_shiftwise.ops.shiftwise_conv.call import Branches, Call
 from timm_shiftwise.ops.shiftwise_conv.shift import reference_conv2d
 from timm_shiftwise.ops.shiftwise_conv.ways import WAYS, Way, choose_way
 
 from .estimate import BASELINE
-from .kept import stage_blocks
-from .network import profile_model
+from .kept import check_network, stage_blocks
+from .network import image_size, profile_model
 from .operators import block_operator
 from .timing import time_calls
 from .ways import call_of
@@ -102,7 +102,8 @@ def _machine(setting: Setting) -> Iterator[Finding]:
 
     def device() -> str:
         if setting.device.type != 'cuda':
-            return f'{setting.device.type}, threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}'
+            vectors = torch.backends.cpu.get_cpu_capability()
+            return f'{setting.device.type}, threads: {torch.get_num_threads()}, processor with {vectors}'
         seen = torch.cuda.get_device_properties(setting.device)
         runtime = f'ROCm {torch.version.hip}' if torch.version.hip else f'CUDA {torch.version.cuda}'
         return (
@@ -112,8 +113,12 @@ def _machine(setting: Setting) -> Iterator[Finding]:
     def system() -> str:
         return f'timm_shiftwise {timm_shiftwise.__version__}, Python {platform.python_version()}, {platform.platform()}'
 
-    for what, tell in (('system', system), ('packages', packages), ('device', device)):
-        yield _found('machine', what, lambda tell=tell: (None, tell()))
+    for tell in (system, packages, device):
+        yield _found('machine', tell.__name__, partial(_told, tell))
+
+
+def _told(tell: Callable[[], str]) -> tuple[None, str]:
+    return None, tell()
 
 
 def _version(package: str) -> str:
@@ -135,8 +140,15 @@ def _ways(setting: Setting) -> Iterator[Finding]:
                 partial(_compare, way, dtype, setting.device, wanted))
 
 
-def _reference(geometry: Geometry) -> tuple[Call, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """A call in float64, gradients of its branches, and what must come out: branches and gradients."""
+class Reference(NamedTuple):
+    """A call in float64 on the CPU, what it must give, and what its gradients must be for those of the branches."""
+    call: Call
+    mask: Tensor
+    grads: Branches
+    results: tuple[Tensor, ...]
+
+
+def _reference(geometry: Geometry) -> Reference:
     padding, batch, channels, height, width, focus_length, size = geometry
     generator = torch.Generator().manual_seed(0)
     groups = num_groups(focus_length, size)
@@ -149,42 +161,45 @@ def _reference(geometry: Geometry) -> tuple[Call, tuple[Tensor, ...], tuple[Tens
     wiring = torch.randint(groups, (2, channels, 2 * groups + 1), generator=generator, dtype=torch.int32)
     inputs = x.requires_grad_(), weight.requires_grad_()
     branches = reference_conv2d(x, weight, wiring, focus_length, padding)
-    grads = tuple(noise(*x.shape) for _ in branches)
-    gradients = torch.autograd.grad(branches, inputs, grads)
+    grads = noise(*x.shape), noise(*x.shape), noise(*x.shape)
+    grad_x, grad_weight = torch.autograd.grad(branches, inputs, grads)
     call = Call(x.detach(), weight.detach(), wiring, mask, focus_length, padding)
-    return call, grads, (*(branch.detach() for branch in branches), *gradients)
+    results = *(branch.detach() for branch in branches), grad_x, _of_kept(grad_weight, mask)
+    return Reference(call, mask, grads, results)
+
+
+def _of_kept(grad_weight: Tensor, mask: Tensor) -> Tensor:
+    """Without the gradients of pruned groups, which the operator's user does not take."""
+    return grad_weight * mask[..., None, None]
 
 
 def _compare(
         way: Way, dtype: torch.dtype, device: torch.device,
-        wanted: dict[Geometry, tuple[Call, tuple[Tensor, ...], tuple[Tensor, ...]]]) -> tuple[bool | None, str]:
+        references: dict[Geometry, Reference]) -> tuple[bool | None, str]:
     """Largest error of a way, in all it computes, over the geometries that nothing hinders it in."""
-    errors, hindrances = {}, []
     if way.backends == ('taichi',):
         choice = explain_backend('auto', device)
         if choice.backend != 'taichi':
             return None, f'does not run here: {choice.reason}'
-    for geometry, (reference, grads, results) in wanted.items():
-        x, weight = (tensor.to(device, dtype) for tensor in reference[:2])
-        mask = reference.mask.to(device)
+    errors: dict[Geometry, float] = {}
+    for geometry, (reference, mask, reference_grads, results) in references.items():
+        x, weight, *grads = (
+            tensor.to(device, dtype) for tensor in (reference.x, reference.weight, *reference_grads))
+        mask = mask.to(device)
         call = reference._replace(x=x, weight=weight, wiring=reference.wiring.to(device), mask=mask)
         obstacle = way.obstacle(call)
-        if obstacle is not None:
-            hindrances.append(obstacle)
-            continue
-        branches = way.forward(call)
-        grad_x, grad_weight = way.backward(tuple(grad.to(device, dtype) for grad in grads), call, True, True)
-        # the operator's user takes no gradient of a pruned group
-        seen = [*branches, grad_x, grad_weight * mask[..., None, None]]
-        results = [*results[:-1], results[-1] * reference.mask[..., None, None]]
-        errors[geometry] = max(
-            float((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1e-30))
-            for a, b in zip(seen, results, strict=True))
+        if obstacle is None:
+            grad_x, grad_weight = way.backward((grads[0], grads[1], grads[2]), call, True, True)
+            assert grad_x is not None and grad_weight is not None
+            errors[geometry] = max(
+                float((seen.cpu().double() - result).abs().max() / result.abs().max().clamp(min=1e-30))
+                for seen, result in zip(
+                    (*way.forward(call), grad_x, _of_kept(grad_weight, mask)), results, strict=True))
     if not errors:
-        return None, f'does not run here: {hindrances[0]}'
+        return None, f'does not run here: {obstacle}'
     worst = max(errors, key=errors.__getitem__)
-    good = all(error <= TOLERANCES[dtype] for error in errors.values())  # which NaN is not
-    return good, f'error {errors[worst]:.1e} of at most {TOLERANCES[dtype]:.0e}, {len(errors)} geometries, worst {worst}'
+    said = f'error {errors[worst]:.1e} of at most {TOLERANCES[dtype]:.0e} in {len(errors)} geometries, most in {worst}'
+    return all(error <= TOLERANCES[dtype] for error in errors.values()), said  # which NaN is not
 
 
 def _network(name: str, device: torch.device) -> nn.Module:
@@ -199,19 +214,18 @@ def _network(name: str, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _images(model: nn.Module, batch_size: int, device: torch.device) -> Tensor:
-    size = model.pretrained_cfg['input_size']
-    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
+def _images(setting: Setting, batch_size: int) -> Tensor:
+    size = image_size(check_network(timm.create_model(setting.model, device='meta')), None)
+    return torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(setting.device)
 
 
-def _step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _step(model: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """Forward and backward of a batch; gives the loss."""
-    model.zero_grad()
     target = torch.arange(len(x), device=x.device) % 10
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         loss = F.cross_entropy(model(x), target)
     loss.backward()
-    return loss
+    return loss.detach()
 
 
 def _networks(setting: Setting) -> Iterator[Finding]:
@@ -220,7 +234,7 @@ def _networks(setting: Setting) -> Iterator[Finding]:
 
     def model_and_images() -> tuple[nn.Module, Tensor]:
         model = _network(setting.model, device)
-        return model, _images(model, 2, device)
+        return model, _images(setting, 2)
 
     def trains(dtype: torch.dtype) -> tuple[bool, str]:
         model, x = model_and_images()
@@ -282,13 +296,13 @@ def _speed(setting: Setting) -> Iterator[Finding]:
 
     def steps() -> tuple[None, str]:
         models = [_network(name, device).train() for name in names]
-        x = _images(models[0], setting.batch_size, device)
+        x = _images(setting, setting.batch_size)
         return timed([partial(_step, model, x, dtype) for model in models])
 
     @torch.inference_mode()
     def inference() -> tuple[None, str]:
         models = [reparameterize_model(_network(name, device).eval()) for name in names]
-        x = _images(models[0], setting.batch_size, device)
+        x = _images(setting, setting.batch_size)
 
         def run(model: nn.Module) -> Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -320,7 +334,7 @@ def _chosen(setting: Setting) -> Iterator[Finding]:
             choice = choose_way(call_of(operator, x), backward)
         return None, f'{choice.way.name}: {choice.reason}'
 
-    model = timm.create_model(setting.model)
+    model = check_network(timm.create_model(setting.model))
     for blocks, stage in zip(stage_blocks(model), profile_model(model).stages, strict=True):
         operator = block_operator(blocks[0])
         if isinstance(operator, ShiftwiseConv2d):

@@ -33,7 +33,8 @@ def channels_last_conv2d_backward(grads: Branches, call: Call, need_x: bool, nee
             grad_kernels.append(grad_kernel[:, 0].to(torch.promote_types(weight.dtype, torch.float32)))
     if not need_weight:
         return grad_x, None
-    grad_weight = small_kernel_gradient(*grad_kernels, wiring, weight.shape[1], weight.shape[2], focus_length)
+    wide, tall, square = grad_kernels
+    grad_weight = small_kernel_gradient(wide, tall, square, wiring, weight.shape[1], weight.shape[2], focus_length)
     return grad_x, grad_weight.to(weight.dtype)
 
 
