@@ -169,8 +169,8 @@ class Trace(TorchDispatchMode):
             self.run(frontend._shiftwise_conv2d_backward, gradient, (*branches, *args, True, True), 90)
             return branches
         assert not name.startswith('timm_shiftwise::'), 'an operator that this does not know'
-        views = [returned for returned in func._schema.returns if returned.alias_info and not returned.alias_info.is_write]
-        if name.startswith('aten::') and not views and name != 'aten::promote_types':
+        is_view = any(made.alias_info and not made.alias_info.is_write for made in func._schema.returns)
+        if name.startswith('aten::') and not is_view and name != 'aten::promote_types':  # which is no call on tensors
             self.calls[name] += 1
         return func(*args, **kwargs or {})
 
