@@ -228,9 +228,11 @@ def _windows(maps: Sequence[Tensor], layout: _Layout) -> Tensor:
     right = (layout.tiles - 1) * layout.tile + layout.seen - layout.before - width
     below = (layout.blocks - 1) * layout.block + rows - layout.row - height
     for to, x in zip(out.unbind(5), maps, strict=True):
-        planes = F.pad(x.transpose(0, 1), [layout.before, right, layout.row, below])
-        seen = planes.unfold(2, rows, layout.block).unfold(3, layout.seen, layout.tile)
-        to.copy_(seen.permute(0, 3, 1, 2, 4, 5))
+        # in one expression, so that the padded planes of one map are gone before those of the next are made
+        to.copy_(
+            F.pad(x.transpose(0, 1), [layout.before, right, layout.row, below])
+            .unfold(2, rows, layout.block).unfold(3, layout.seen, layout.tile)  # [C, B, blocks, tiles, rows, seen]
+            .permute(0, 3, 1, 2, 4, 5))
     products = layout.tiles // layout.matrices * batch * layout.blocks
     return out.view(channels * layout.matrices, products, rows * len(maps) * layout.seen)
 
