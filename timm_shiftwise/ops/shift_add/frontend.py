@@ -44,12 +44,12 @@ def shift_add(
         ValueError: If a shape, a setting or an index does not fit.
         RuntimeError: If the backend asked for cannot run.
     """
+    check_geometry(focus_length, kernel_size, padding)
     return torch.ops.timm_shiftwise.shift_add(y, wiring, focus_length, kernel_size, padding, backend)
 
 
 def _check(y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str) -> None:
-    check_geometry(focus_length, kernel_size, padding)
-    check_wiring(wiring, focus_length, kernel_size)
+    check_wiring(wiring, focus_length, kernel_size, padding)
     check_dtype('y', y)
     check_together({'y': y, 'wiring': wiring})
     if y.ndim != 4:
@@ -66,8 +66,7 @@ def _check(y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, paddi
 def _check_backward(
         grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
         padding: str) -> None:
-    check_geometry(focus_length, kernel_size, padding)
-    check_wiring(wiring, focus_length, kernel_size)
+    check_wiring(wiring, focus_length, kernel_size, padding)
     check_dtype('grad_h', grad_h)
     check_together({'grad_h': grad_h, 'grad_v': grad_v, 'grad_i': grad_i}, dtypes=True, shapes=True)
     check_together({'grad_h': grad_h, 'wiring': wiring})

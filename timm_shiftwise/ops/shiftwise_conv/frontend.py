@@ -52,6 +52,7 @@ def shiftwise_conv2d(
     if torch.jit.is_scripting():
         return _plain(x, keep_groups(weight, mask), wiring, focus_length, padding)
     else:
+        check_geometry(focus_length, 1, padding)  # the kernel size is that of the weight
         x, weight = in_autocast_dtype(x), in_autocast_dtype(weight)
         if graph_leaves_python():
             _check(Call(x, weight, wiring, mask, focus_length, padding))
@@ -85,8 +86,7 @@ def _check(call: Call) -> None:
             f'weight must have the shape [C = {channels}, K, N, N] with K and N of at least 1, got '
             f'{tuple(weight.shape)}.')
     _, maps, size, _ = weight.shape
-    check_geometry(focus_length, size, padding)
-    check_wiring(wiring, focus_length, size, channels)
+    check_wiring(wiring, focus_length, size, padding, channels)
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (channels, maps)):
         raise ValueError(
             f'mask must be bool and have the shape {(channels, maps)}, got {mask.dtype} and {tuple(mask.shape)}.')
