@@ -28,8 +28,8 @@ def shiftwise_conv2d(
     one wide N x (G * N), one tall (G * N) x N and one square N x N depthwise convolution. Which of the ways that are
     equal computes it is chosen by :func:`timm_shiftwise.ops.shiftwise_conv.ways.choose_way`.
 
-    A NaN or an infinity in ``x`` reaches every output that a kept kernel makes of it. Ways that multiply by the zeros of
-    pruned or assembled kernels let it reach more: ``fused`` fewest, ``merged`` most.
+    A NaN or an infinity in ``x`` reaches every output that a kept kernel makes of it. Ways that multiply by the zeros
+    of pruned or assembled kernels let it reach more: ``fused`` fewest, ``merged`` most.
 
     Args:
         x: Input [B, C, H, W].
