@@ -102,13 +102,31 @@ def test_pruning_leaves_the_stages_that_intermediates_need(family):
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([0, 1]) == [0, 1]
     assert len(pruned.stages) == 2 and isinstance(pruned.get_classifier(), nn.Identity)
+    assert pruned.num_features == pruned.head_hidden_size == DIMS[1]
     outs = pruned.forward_intermediates(x, [0, 1], intermediates_only=True)
     assert all(torch.equal(seen, expected) for seen, expected in zip(outs, wanted, strict=True))
     assert torch.equal(pruned.forward_features(x), wanted[-1])
     needed = {key for key, _ in model.named_parameters() if key.startswith(('stem.', 'stages.0.', 'stages.1.'))}
-    left = {key for key, _ in pruned.named_parameters() if not key.startswith('head.norm.')}
-    assert left == needed
+    assert {key for key, _ in pruned.named_parameters()} == needed
+    assert torch.equal(pruned(x), wanted[-1])
+    pruned.reset_classifier(3, 'avg')
+    assert pruned(x).shape == (2, 3)
     assert torch.equal(model(x), logits)
+
+
+@pytest.mark.parametrize('prune_norm', [False, True])
+@pytest.mark.parametrize('prune_head', [False, True])
+@pytest.mark.parametrize('indices', [[3], [0, 2], 1])
+@pytest.mark.skipif(Version(timm.__version__) < Version('1.0.31'), reason='earlier versions leave the head')
+def test_pruning_leaves_of_the_head_what_timms_convnext_leaves(indices, prune_head, prune_norm):
+    models = four_stages('sw'), timm.create_model('convnext_atto', depths=(1, 1, 1, 1), dims=DIMS, num_classes=10)
+    seen = []
+    for model in models:
+        taken = model.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        out = model(image(2, 3, 64, 96))
+        head = {key: tuple(value.shape) for key, value in model.named_parameters() if key.startswith('head.')}
+        seen.append((taken, model.num_features, model.head_hidden_size, model.num_classes, head, out.shape))
+    assert seen[0] == seen[1]
 
 
 # --- detection and segmentation -------------------------------------------------------------------------------------

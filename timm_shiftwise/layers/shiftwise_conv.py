@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from timm_shiftwise.ops import contiguous_gradient, in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops import contiguous_gradient, in_autocast_dtype, keep_groups, shiftwise_conv2d
 
 from .merged import MergedConv2d, MergedShiftConv2d, fold_batch_norm, merge_shiftwise
 from .operator import Operator
@@ -63,9 +63,7 @@ class ShiftwiseConv2d(Operator):
         self.norm_h = nn.BatchNorm2d(channels, **dd)
         self.norm_v = nn.BatchNorm2d(channels, **dd)
         self.norm_i = nn.BatchNorm2d(channels, **dd)
-        # the table is cached and shared between layers; a buffer must be the layer's own
-        where = torch.get_default_device() if device is None else device
-        self.register_buffer('wiring', wiring.to(device=where, copy=True))
+        self.register_buffer('wiring', torch.empty(wiring.shape, dtype=wiring.dtype, device=device))
         self.reset_parameters()
 
     def released_tables(self) -> dict[str, Tensor]:
@@ -79,8 +77,10 @@ class ShiftwiseConv2d(Operator):
         return super()._apply(lambda t: fn(t[None])[0] if t.ndim == 5 else fn(t), recurse)
 
     def reset_parameters(self) -> None:
-        """Draw the small kernels anew: truncated normal, standard deviation 0.02."""
+        """Draw the small kernels anew: truncated normal, standard deviation 0.02. Tables are as in a new operator."""
+        super().reset_parameters()
         trunc_normal_(self.kernels, std=.02)
+        self.wiring.copy_(self.released_tables()['wiring'])
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
@@ -119,7 +119,7 @@ class ShiftwiseConv2d(Operator):
             merged = MergedShiftConv2d(
                 **self.settings(), num_shuffles=self.wiring.shape[0], backend=self.backend, **dd)
         scales, biases = zip(*map(fold_batch_norm, (self.norm_h, self.norm_v, self.norm_i)), strict=True)
-        summed = self.kernels.double().sum(0) * self.group_mask[:, :, None, None]
+        summed = keep_groups(self.kernels.double().sum(0), self.group_mask)
         merge_shiftwise(merged, summed, self.wiring, scales, sum(biases))
         merged.group_mask.copy_(self.group_mask)
         return merged.train(self.training)
