@@ -7,7 +7,7 @@ Taichi holds one program a process, on one architecture. So:
   destroys its owner's fields. After somebody's ``ti.init`` or ``ti.reset`` the kernels compile anew by themselves.
 - A forked child has none of the threads of the program that it inherited, so it does not use it.
 - On CUDA, Taichi only ever sees the first visible device.
-- What our own program compiles is kept for the next process, see :mod:`.cache`; it ends, and writes, before Python does.
+- What our own program compiles is kept for the next process (:mod:`.cache`); it ends, and writes, before Python does.
 - Taichi's bookkeeping in Python is not made for several threads, so one lock is held around starts and launches; fields
   are allocated in the thread that started the program.
 
