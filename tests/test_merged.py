@@ -194,6 +194,23 @@ def test_a_merged_large_kernel_gives_the_same(focus_length, kernel_size):
         assert relative_error(layer.fuse()(x), layer(x)) < 1e-10
 
 
+@pytest.mark.parametrize('padding', ['full', 'same'])
+@pytest.mark.parametrize('form', [
+    lambda layer, x: layer,
+    lambda layer, x: layer.fuse(),
+    lambda layer, x: torch.jit.script(layer),
+    torch.jit.trace,
+    lambda layer, x: torch.export.export(layer, (x,)).module(),
+], ids=['trained', 'merged', 'scripted', 'traced', 'exported'])
+@torch.no_grad()
+def test_what_pruned_kernels_hold_is_seen_in_no_form(form, padding):
+    layer = unsettle(ShiftwiseConv2d(6, 13, 5, padding=padding, num_paths=2, backend='torch')).eval()
+    x = image(2, 6, 9, 12)
+    wanted = layer(x)
+    layer.kernels[:, ~layer.group_mask] = float('nan')
+    torch.testing.assert_close(form(layer, x)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_of_pruned_groups_merges_to_its_skip_and_bias():
     layer = shiftwise(4, 9, 3, num_shuffles=2)
     layer.group_mask.fill_(False)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.ops import shiftwise_conv2d
+from timm_shiftwise.ops.large_kernels import merged_sides
 from timm_shiftwise.ops.shiftwise_conv import ways
 from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.shift import reference_conv2d
@@ -255,6 +257,51 @@ def test_a_mask_silences_groups_and_stops_their_gradient(computation, density, f
     seen = run_with_gradients(forced(computation), x, weight, wiring, 13, mask)
     assert_close(seen, definition(x, weight, wiring, 13, computation.padding, mask), 1e-12)
     assert seen[-1][~mask].eq(0).all()
+
+
+@each_computation
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_a_pruned_kernel_holds_is_never_seen(computation, value, forced):
+    x, weight, wiring = make(5, 13, 3, 2, 12, 8)
+    mask = torch.rand(weight.shape[:2], generator=torch.Generator().manual_seed(1)) < 0.4
+    held = torch.where(mask[:, :, None, None], weight, value)
+    compute = forced(computation)
+    seen = run_with_gradients(compute, x, held, wiring, 13, mask)
+    assert_close(seen, definition(x, weight, wiring, 13, computation.padding, mask), 1e-12)
+    assert seen[-1][~mask].eq(0).all()
+    x.requires_grad_()
+    loss = sum(branch.square().sum() for branch in compute(x, held.requires_grad_(), wiring, 13, mask))
+    first = torch.autograd.grad(loss, (x, held), create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, held))
+    assert all(grad.isfinite().all() for grad in (*first, *second)) and second[1][~mask].eq(0).all()
+
+
+@pairwise({
+    'computation': COMPUTATIONS,
+    'value': [float('nan'), float('inf')],
+    'density': [1., 0.4],
+    'focus_length, kernel_size': [(13, 5), (12, 4), (51, 3)],
+})
+def test_what_is_not_finite_reaches_what_kept_kernels_see_and_stays_within_the_large_kernels(
+        computation, value, density, focus_length, kernel_size, forced):
+    x, weight, wiring = make(3, focus_length, kernel_size, 2, 21, 24)
+    mask = torch.rand(weight.shape[:2], generator=torch.Generator().manual_seed(1)) < density
+    broken = x.clone()
+    broken[0, 1, 9, 11] = value
+    seen = forced(computation)(broken, weight, wiring, focus_length, mask)
+    spot = (broken != x).double()
+    met = reference_conv2d(
+        spot, mask[:, :, None, None].expand(weight.shape).double(), wiring, focus_length, computation.padding)
+    long, short = (side // 2 for side in merged_sides(focus_length, kernel_size))
+    reach = [
+        F.max_pool2d(spot, (2 * rows + 1, 2 * columns + 1), 1, (rows, columns))
+        for rows, columns in ((short, long), (long, short), (short, short))]
+    x[0, 1, 9, 11] = 0
+    wanted = definition(x, weight, wiring, focus_length, computation.padding, mask)
+    for branch, least, most, clean in zip(seen, met, reach, wanted, strict=False):
+        lost = ~branch.isfinite()
+        assert lost[least > 0].all() and not lost[most == 0].any()
+        torch.testing.assert_close(branch[~lost], clean[~lost], rtol=0, atol=1e-12)
 
 
 def test_the_operators_pass_opcheck():

@@ -1,4 +1,5 @@
 """What all forms of an operator have in common: its geometry, its ghosts, and which groups it keeps."""
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -6,7 +7,7 @@ from torch import Tensor, nn
 
 from timm_shiftwise.geometry import check_geometry, small_padding
 
-from .wiring import OPERATORS, num_maps, split_ghost
+from .wiring import OPERATORS, num_maps, split_ghost, wrong_wiring
 
 
 class Operator(nn.Module):
@@ -66,15 +67,49 @@ class Operator(nn.Module):
         names = ('dim', 'focus_length', 'kernel_size', 'operator', 'ghost_ratio', 'ghost_split', 'large_map')
         return {name: getattr(self, name) for name in names}
 
+    def wrong_table(self, key: str, value: Any) -> str:
+        """What is wrong with a table from elsewhere; empty if nothing.
+
+        Args:
+            key: What it is called: a name that ends with that of the operator's own table.
+            value: The table; any other tensor is right.
+        """
+        name = key.rpartition('.')[2]
+        own = self._buffers.get(name)
+        if own is None:
+            return ''
+        if not isinstance(value, Tensor):
+            return f'{key} must be a tensor, it is a {type(value).__name__}'
+        if name == 'wiring':
+            return wrong_wiring(key, value, tuple(own.shape), self.num_maps)
+        if name == 'group_mask' and (value.dtype != torch.bool or value.shape != own.shape):
+            return (
+                f'{key} must be bool and have the shape {tuple(own.shape)}, it is {value.dtype} and has '
+                f'{tuple(value.shape)}')
+        geometry = self.geometry('cpu').tolist()
+        if name == 'built_for' and not value.is_meta and value.tolist() != geometry:
+            return (
+                f'{key}: the checkpoint was made for (focus length, kernel size, padding) {value.tolist()}, the model '
+                f'is {geometry}')
+        return ''
+
+    def wrong_tables(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """What is wrong with the tables that a state dict holds for the operator.
+
+        Args:
+            state_dict: Tensors of the operator, and maybe of others.
+            prefix: What the operator's names begin with.
+        """
+        keys = [key for name in self._buffers if (key := f'{prefix}{name}') in state_dict]
+        return list(filter(None, (self.wrong_table(key, state_dict[key]) for key in keys)))
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        errors, own = args[-1], self.built_for
-        held = state_dict.get(f'{prefix}built_for')
-        if held is not None and not held.is_meta and not own.is_meta and held.tolist() != own.tolist():
-            errors.append(
-                f'{prefix}built_for: the checkpoint was made for (focus length, kernel size, padding) '
-                f'{tuple(held.tolist())}, the layer is {tuple(own.tolist())}.')
+        # whatever wraps the operator comes this way; raised, not noted, so that nothing of it is changed
+        problems = self.wrong_tables(state_dict, prefix)
         if f'{prefix}geometry' in state_dict:
-            errors.append(
+            problems.append(
                 f'{prefix}geometry: an operator of version 0.1 expects another order of channels: load the whole '
-                'network, which is translated.')
+                'network, which is translated')
+        if problems:
+            raise RuntimeError('\n'.join(f'{problem}.' for problem in problems))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from timm_shiftwise.ops import contiguous_gradient, in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops import contiguous_gradient, in_autocast_dtype, keep_groups, shiftwise_conv2d
 
 from .merged import MergedConv2d, MergedShiftConv2d, fold_batch_norm, merge_shiftwise
 from .operator import Operator
@@ -119,7 +119,7 @@ class ShiftwiseConv2d(Operator):
             merged = MergedShiftConv2d(
                 **self.settings(), num_shuffles=self.wiring.shape[0], backend=self.backend, **dd)
         scales, biases = zip(*map(fold_batch_norm, (self.norm_h, self.norm_v, self.norm_i)), strict=True)
-        summed = self.kernels.double().sum(0) * self.group_mask[:, :, None, None]
+        summed = keep_groups(self.kernels.double().sum(0), self.group_mask)
         merge_shiftwise(merged, summed, self.wiring, scales, sum(biases))
         merged.group_mask.copy_(self.group_mask)
         return merged.train(self.training)

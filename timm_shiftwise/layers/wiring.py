@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.ops.checks import index_outside
 
 RELEASED_SEED = 123
 """Seed of the released checkpoints' tables."""
@@ -110,6 +111,36 @@ def released_wiring(operator: str, channels: int, focus_length: int, kernel_size
     if operator == 'p_sw':
         wide = torch.arange(groups, device='cpu').expand_as(wide)
     return torch.cat([wide, tall, torch.stack(picks)[:, :, None]], dim=2).int()
+
+
+def wrong_wiring(key: str, value: Tensor, shape: tuple[int, ...], maps: int) -> str:
+    """What is wrong with a table that somebody hands in; empty if nothing. Kernels read memory by it.
+
+    Args:
+        key: What the table is called.
+        value: The table.
+        shape: What it must have, (R, C, 2 * G + 1).
+        maps: K, small kernels of a channel. Where it is G, each order of the wide and of the tall branch must hold
+            every one once; where branches have kernels of their own, each row must.
+    """
+    if value.dtype not in (torch.int32, torch.int64):
+        return f'{key} must hold integers of 0 to {maps - 1}, it holds {value.dtype}'
+    if tuple(value.shape) != shape:
+        return f'{key} must have the shape {shape}, it has {tuple(value.shape)}'
+    if value.is_meta:
+        return ''
+    table, groups = value.cpu().numpy(), shape[2] // 2
+    outside = index_outside(table, maps)
+    if outside:
+        return f'{key} must hold integers of 0 to {maps - 1}, {outside}'
+    orders = table[:, :, :2 * groups].reshape(*shape[:2], 2, groups) if maps == groups else table[:, :, None]
+    wrong = np.argwhere((np.sort(orders, axis=3) != np.arange(maps)).any(axis=3)).tolist()
+    if wrong:
+        r, c, branch = wrong[0]
+        return (
+            f'{key} must hold each of 0 to {maps - 1} once in an order, got {orders[r, c, branch].tolist()} from '
+            f'{[r, c, branch * groups]} on')
+    return ''
 
 
 def _int64(indices: np.ndarray) -> Tensor:

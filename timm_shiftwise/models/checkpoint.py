@@ -33,7 +33,7 @@ from .layouts import (
     translate_authors_layout,
     unwrap,
 )
-from .recast import cut_large_kernels, merge_small_kernels, on_first_path, wrong_wiring
+from .recast import cut_large_kernels, merge_small_kernels, on_first_path
 from .resumed import refuse_state_of_old_order
 
 __all__ = ['CheckpointError', 'checkpoint_filter_fn', 'describe_checkpoint']
@@ -87,7 +87,7 @@ def checkpoint_filter_fn(
     raw, own = unwrap(state_dict), model.state_dict()
     found = _in_own_layout(raw, model, own)
     problems = [
-        problem for key, problem in _misfits(found.state, own, adapted=(_FIRST_CONV,))
+        problem for key, problem in _misfits(found.state, own, _operators(model), adapted=(_FIRST_CONV,))
         if not key.startswith(_CLASSIFIER)]
     _refuse(found.problems + problems, raw, own)
     _tell_order(found, model, shows_features=features_only or _has_no_classifier(own))
@@ -113,7 +113,7 @@ def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Ma
     found = _in_own_layout(raw, model, own)
     state = found.state
     problems = [
-        problem for key, problem in _misfits(state, own)
+        problem for key, problem in _misfits(state, own, _operators(model))
         if strict or (key in state and key in own) or (found.is_whole and not key.startswith(_CLASSIFIER))
     ]
     _refuse(found.problems + problems, raw, own)
@@ -138,13 +138,14 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
         CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in a checkpoint of
             version 0.1, or left over, is PyTorch's to say.
     """
-    raw = _below(state_dict, prefix)
+    raw, own = _below(state_dict, prefix), model.state_dict()
     if layout_of(raw) == OWN:
+        state = _with_right_tables(raw, own, model)
+        state_dict.update((prefix + key, value) for key, value in state.items())
         return
-    own = model.state_dict()
     found = _in_own_layout(raw, model, own)
     problems = [
-        problem for key, problem in _misfits(found.state, own)
+        problem for key, problem in _misfits(found.state, own, _operators(model))
         if (key in found.state and key in own) or (found.is_whole and not key.startswith(_CLASSIFIER))
     ]
     _refuse(found.problems + problems, raw, own)
@@ -174,15 +175,18 @@ def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: st
     held, wrapped = _below(state_dict, prefix), module.state_dict()
     raw = {_network_name(key): value for key, value in held.items()}
     is_wrappers = not wrapped.keys().isdisjoint(held)
-    if is_wrappers and layout_of(raw) == OWN:
-        return
     names = {_network_name(key): key for key in wrapped}
     own = {name: wrapped[key] for name, key in names.items()}
+    if is_wrappers and layout_of(raw) == OWN:
+        state = _with_right_tables(raw, own, module)
+        state_dict.update((prefix + names[key], value) for key, value in state.items() if key in names)
+        return
     found = _in_own_layout(raw, module, own)
     parts = {_part(name) for name in names}
     state = {key: value for key, value in found.state.items() if _part(key) in parts or not key.startswith(_UNWRAPPED)}
     problems = [
-        problem for key, problem in _misfits(state, own) if not is_wrappers or (key in state and key in own)]
+        problem for key, problem in _misfits(state, own, _operators(module))
+        if not is_wrappers or (key in state and key in own)]
     _refuse(found.problems + problems, raw, own)
     for key in held:
         del state_dict[prefix + key]
@@ -338,13 +342,29 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     return {**raw, **changed} if changed else raw
 
 
+def _with_right_tables(raw: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights in our layout as :func:`_as_integers` makes them, refused if an operator cannot have one of the tables.
+
+    Raises:
+        CheckpointError: As :func:`checkpoint_filter_fn`.
+    """
+    state = _as_integers(raw, own)
+    _refuse(
+        [problem for name, operator in _operators(model).items() for problem in operator.wrong_tables(
+            state, f'{name}.')],
+        raw, own)
+    return state
+
+
 def _misfits(
-        state: Mapping[str, Tensor], own: Mapping[str, Tensor], adapted: Iterable[str] = ()) -> list[tuple[str, str]]:
+        state: Mapping[str, Tensor], own: Mapping[str, Tensor], operators: Mapping[str, Operator],
+        adapted: Iterable[str] = ()) -> list[tuple[str, str]]:
     """Keys that do not fit, each with what is wrong: first those the model has, in its order, then those left over.
 
     Args:
         state: Weights with the model's names.
         own: The model's own.
+        operators: Its operators by their names in it.
         adapted: Keys of weights whose second axis may differ.
     """
     found = []
@@ -358,26 +378,12 @@ def _misfits(
             seen, model = (seen[0], *seen[2:]), (model[0], *model[2:])
         if seen != model:
             found.append((key, f'{key} has the shape {tuple(state[key].shape)}, the model {tuple(wanted.shape)}'))
-        elif not state[key].is_meta:
-            problem = _wrong_values(key, state, own)
-            if problem:
-                found.append((key, problem))
+            continue
+        operator = operators.get(key.rpartition('.')[0])
+        problem = operator.wrong_table(key, state[key]) if operator else ''
+        if problem:
+            found.append((key, problem))
     return found + [(key, f'{key} is left over') for key in state if key not in own and not key.endswith(_COUNTER)]
-
-
-def _wrong_values(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What is wrong with the values of a table of an operator; empty if nothing. Kernels read memory by these."""
-    name, _, buffer = key.rpartition('.')
-    if not name.endswith('.conv_dw'):
-        return ''
-    value = state[key]
-    if buffer == 'built_for' and not own[key].is_meta and value.tolist() != own[key].tolist():
-        return (
-            f'{key}: the checkpoint was made for (focus length, kernel size, padding) {tuple(value.tolist())}, '
-            f'the model is {tuple(own[key].tolist())}')
-    if buffer == 'wiring':
-        return wrong_wiring(key, value, own[f'{name}.kernels'].shape[-3])
-    return ''
 
 
 def _refuse(problems: list[str], raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:

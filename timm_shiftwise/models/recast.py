@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.layers.merged import merge_shiftwise
-from timm_shiftwise.layers.wiring import num_maps
+from timm_shiftwise.layers.wiring import num_maps, wrong_wiring
 
 from .layouts import kept_groups
 
@@ -125,13 +125,5 @@ def _unfit_to_merge(state: Mapping[str, Tensor], name: str, norm: str, operator:
             problems.append(f'{key} is missing')
         elif tuple(state[key].shape) != shape:
             problems.append(f'{key} has the shape {tuple(state[key].shape)}, the model stands for {shape}')
-    return problems or list(filter(None, [wrong_wiring(f'{name}.wiring', state[f'{name}.wiring'], maps)]))
-
-
-def wrong_wiring(key: str, value: Tensor, maps: int) -> str:
-    """What is wrong with a table of K = ``maps`` small kernels; empty if nothing. Kernels read memory by it."""
-    if value.is_meta:
-        return ''
-    if value.is_floating_point() or value.is_complex() or value.min() < 0 or value.max() >= maps:
-        return f'{key} must hold integers of 0 to {maps - 1}, it has others'
-    return ''
+    return problems or list(filter(None, [
+        wrong_wiring(key, state[key], shape, maps) for key, shape in wanted.items() if key.endswith('.wiring')]))

@@ -6,12 +6,11 @@
 import torch
 from torch import Tensor
 
-from timm_shiftwise.geometry import check_geometry, image_size, map_size, num_groups
+from timm_shiftwise.geometry import check_geometry, image_size, map_size
 from timm_shiftwise.ops.backend import choose_backend
+from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring
 
 from .torch_impl import shift_add_backward_torch, shift_add_torch
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def shift_add(
@@ -42,52 +41,51 @@ def shift_add(
 
     Raises:
         TypeError: If a dtype is none of those above.
-        ValueError: If a shape or a setting does not fit.
+        ValueError: If a shape, a setting or an index does not fit.
         RuntimeError: If the backend asked for cannot run.
     """
-    check_geometry(focus_length, kernel_size, padding)
-    check_wiring(wiring, focus_length, kernel_size)
-    _check_maps(y, wiring.shape[1], kernel_size, padding)
     return torch.ops.timm_shiftwise.shift_add(y, wiring, focus_length, kernel_size, padding, backend)
 
 
-def _check_maps(y: Tensor, channels: int, kernel_size: int, padding: str) -> None:
-    if y.dtype not in _DTYPES:
-        raise TypeError(f'y must be one of {", ".join(map(str, _DTYPES))}, got {y.dtype}.')
+def _check(y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str) -> None:
+    check_geometry(focus_length, kernel_size, padding)
+    check_wiring(wiring, focus_length, kernel_size)
+    check_dtype('y', y)
+    check_together({'y': y, 'wiring': wiring})
     if y.ndim != 4:
         raise ValueError(f'y must have the shape [B, C * K, map(H), map(W)], got {tuple(y.shape)}.')
+    channels, smallest = wiring.shape[1], map_size(1, kernel_size, padding)
     if y.shape[1] % channels or y.shape[1] < 1:
         raise ValueError(f'y must have a multiple of C = {channels} channels, got {y.shape[1]}.')
-    smallest = map_size(1, kernel_size, padding)
     if y.shape[2] < smallest or y.shape[3] < smallest:
         raise ValueError(
             f'maps of a {kernel_size} x {kernel_size} kernel with {padding!r} padding have at least {smallest} rows '
             f'and columns, got {tuple(y.shape[2:])}.')
 
 
-def check_wiring(wiring: Tensor, focus_length: int, kernel_size: int, channels: int | None = None) -> None:
-    """Refuse a table that does not fit the geometry, or C channels if they are given.
-
-    Raises:
-        TypeError: If it does not hold integers.
-        ValueError: If its shape does not fit.
-    """
-    if wiring.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f'wiring must be int32 or int64, got {wiring.dtype}.')
-    groups = num_groups(focus_length, kernel_size)
-    shape = tuple(wiring.shape)
-    fits = len(shape) == 3 and min(shape) >= 1 and shape[2] == 2 * groups + 1 and channels in (None, shape[1])
-    if not fits:
-        wanted = f'[R, {"C" if channels is None else channels}, {2 * groups + 1}]'
+def _check_backward(
+        grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
+        padding: str) -> None:
+    check_geometry(focus_length, kernel_size, padding)
+    check_wiring(wiring, focus_length, kernel_size)
+    check_dtype('grad_h', grad_h)
+    check_together({'grad_h': grad_h, 'grad_v': grad_v, 'grad_i': grad_i}, dtypes=True, shapes=True)
+    check_together({'grad_h': grad_h, 'wiring': wiring})
+    channels = wiring.shape[1]
+    if grad_h.ndim != 4 or grad_h.shape[1] != channels or min(grad_h.shape[2:]) < 1:
         raise ValueError(
-            f'wiring must have the shape {wanted} with R and C of at least 1 (focus length {focus_length} and kernel '
-            f'size {kernel_size} make {groups} groups), got {shape}.')
+            f'gradients must have the shape [B, C = {channels}, H, W] with H and W of at least 1, got '
+            f'{tuple(grad_h.shape)}.')
+    if maps < 1:
+        raise ValueError(f'maps must be at least 1, got {maps}.')
 
 
 @torch.library.custom_op('timm_shiftwise::shift_add', mutates_args=())
 def _shift_add(
         y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str,
         backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check(y, wiring, focus_length, kernel_size, padding)
+    check_indices(wiring, y.shape[1] // wiring.shape[1])
     if choose_backend(backend, y.device) == 'taichi':
         from .taichi_impl import shift_add_taichi
         return shift_add_taichi(y, wiring, focus_length, kernel_size, padding)
@@ -96,6 +94,7 @@ def _shift_add(
 
 @_shift_add.register_fake
 def _(y, wiring, focus_length, kernel_size, padding, backend):
+    _check(y, wiring, focus_length, kernel_size, padding)
     size = (
         y.shape[0],
         wiring.shape[1],
@@ -109,6 +108,8 @@ def _(y, wiring, focus_length, kernel_size, padding, backend):
 def _shift_add_backward(
         grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
         padding: str, backend: str | None) -> Tensor:
+    _check_backward(grad_h, grad_v, grad_i, wiring, maps, focus_length, kernel_size, padding)
+    check_indices(wiring, maps)
     if choose_backend(backend, grad_h.device) == 'taichi':
         from .taichi_impl import shift_add_backward_taichi
         return shift_add_backward_taichi(
@@ -119,6 +120,7 @@ def _shift_add_backward(
 
 @_shift_add_backward.register_fake
 def _(grad_h, grad_v, grad_i, wiring, maps, focus_length, kernel_size, padding, backend):
+    _check_backward(grad_h, grad_v, grad_i, wiring, maps, focus_length, kernel_size, padding)
     batch, channels, height, width = grad_h.shape
     return grad_h.new_empty(
         (batch, channels * maps, map_size(height, kernel_size, padding), map_size(width, kernel_size, padding)))

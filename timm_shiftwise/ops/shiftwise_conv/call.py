@@ -10,7 +10,7 @@ Gradients = tuple[Tensor | None, Tensor | None]
 
 
 class Call(NamedTuple):
-    """Arguments of :func:`.frontend.shiftwise_conv2d`, checked.
+    """Arguments of :func:`.frontend.shiftwise_conv2d`, checked before a way is given them.
 
     Attributes:
         x: Input [B, C, H, W].

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import check_geometry
 from timm_shiftwise.ops.autocast import in_autocast_dtype
-from timm_shiftwise.ops.shift_add import check_wiring
+from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .call import Branches, Call
@@ -28,6 +28,9 @@ def shiftwise_conv2d(
     one wide N x (G * N), one tall (G * N) x N and one square N x N depthwise convolution. Which of the ways that are
     equal computes it is chosen by :func:`timm_shiftwise.ops.shiftwise_conv.ways.choose_way`.
 
+    A NaN or an infinity in ``x`` reaches every output that a kept kernel makes of it. Ways that multiply by the zeros of
+    pruned or assembled kernels let it reach more: ``fused`` fewest, ``merged`` most.
+
     Args:
         x: Input [B, C, H, W].
         weight: Small kernels [C, K, N, N].
@@ -43,38 +46,61 @@ def shiftwise_conv2d(
 
     Raises:
         TypeError: If a dtype is not supported.
-        ValueError: If a shape or a setting does not fit.
+        ValueError: If a shape, a setting or an index does not fit.
         RuntimeError: If the backend asked for cannot run.
     """
-    if not torch.jit.is_scripting():
-        _check(Call(x, weight, wiring, mask, focus_length, padding))
-    if mask is not None:
-        weight = weight * mask[:, :, None, None]
     if torch.jit.is_scripting():
-        return _plain(x, weight, wiring, focus_length, padding)
+        return _plain(x, keep_groups(weight, mask), wiring, focus_length, padding)
     else:
         x, weight = in_autocast_dtype(x), in_autocast_dtype(weight)
-        if x.dtype != weight.dtype:
-            raise TypeError(f'x and weight must have one dtype, got {x.dtype} and {weight.dtype}.')
         if graph_leaves_python():
-            return _plain(x, weight, wiring, focus_length, padding)
+            _check(Call(x, weight, wiring, mask, focus_length, padding))
+            return _plain(x, keep_groups(weight, mask), wiring, focus_length, padding)
         return torch.ops.timm_shiftwise.shiftwise_conv2d(x, weight, wiring, mask, focus_length, padding, backend)
+
+
+def keep_groups(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Small kernels [..., C, K, N, N] with those of groups that a mask [..., C, K] does not keep set to zero.
+
+    They are chosen, not multiplied: a NaN or an infinity among what was pruned is gone, too.
+    """
+    if mask is None:
+        return weight
+    return torch.where(mask[..., None, None], weight, 0.)
 
 
 def _check(call: Call) -> None:
     x, weight, wiring, mask, focus_length, padding, _ = call
     if torch.jit.is_tracing():  # sizes are tensors then
         return
+    check_dtype('x', x)
+    check_together({'x': x, 'weight': weight}, dtypes=True)
+    check_together({'x': x, 'wiring': wiring, 'mask': mask})
     if x.ndim != 4 or min(x.shape[1:]) < 1:
         raise ValueError(f'x must have the shape [B, C, H, W] with C, H and W of at least 1, got {tuple(x.shape)}.')
-    if weight.ndim != 4 or weight.shape[0] != x.shape[1] or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f'weight must have the shape [C = {x.shape[1]}, K, N, N], got {tuple(weight.shape)}.')
-    channels, maps, size, _ = weight.shape
+    channels = x.shape[1]
+    if (weight.ndim != 4 or weight.shape[0] != channels or weight.shape[2] != weight.shape[3]
+            or min(weight.shape[1:]) < 1):
+        raise ValueError(
+            f'weight must have the shape [C = {channels}, K, N, N] with K and N of at least 1, got '
+            f'{tuple(weight.shape)}.')
+    _, maps, size, _ = weight.shape
     check_geometry(focus_length, size, padding)
     check_wiring(wiring, focus_length, size, channels)
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (channels, maps)):
         raise ValueError(
             f'mask must be bool and have the shape {(channels, maps)}, got {mask.dtype} and {tuple(mask.shape)}.')
+
+
+def _check_gradients(grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, x: Tensor) -> None:
+    check_together({'x': x, 'grad_h': grad_h, 'grad_v': grad_v, 'grad_i': grad_i}, dtypes=True, shapes=True)
+
+
+def _ready(call: Call) -> Call:
+    """A call as every way takes it: checked, pruned kernels zero."""
+    _check(call)
+    check_indices(call.wiring, call.weight.shape[1])
+    return call._replace(weight=keep_groups(call.weight, call.mask))
 
 
 def _plain(x: Tensor, weight: Tensor, wiring: Tensor, focus_length: int, padding: str) -> Branches:
@@ -88,13 +114,14 @@ def _plain(x: Tensor, weight: Tensor, wiring: Tensor, focus_length: int, padding
 def _shiftwise_conv2d(
         x: Tensor, weight: Tensor, wiring: Tensor, mask: Tensor | None, focus_length: int, padding: str,
         backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(x, weight, wiring, mask, focus_length, padding, backend)
+    call = _ready(Call(x, weight, wiring, mask, focus_length, padding, backend))
     h, v, i = choose_way(call).way.forward(call)
     return h.contiguous(), v.contiguous(), i.contiguous()
 
 
 @_shiftwise_conv2d.register_fake
 def _(x, weight, wiring, mask, focus_length, padding, backend):
+    _check(Call(x, weight, wiring, mask, focus_length, padding))
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -102,18 +129,21 @@ def _(x, weight, wiring, mask, focus_length, padding, backend):
 def _shiftwise_conv2d_backward(
         grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, x: Tensor, weight: Tensor, wiring: Tensor, mask: Tensor | None,
         focus_length: int, padding: str, backend: str | None, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    call = Call(x, weight, wiring, mask, focus_length, padding, backend)
+    call = _ready(Call(x, weight, wiring, mask, focus_length, padding, backend))
+    _check_gradients(grad_h, grad_v, grad_i, x)
     grad_x, grad_weight = choose_way(call, backward=True).way.backward(
         (grad_h, grad_v, grad_i), call, need_x, need_weight)
     # an operator returns tensors: one that was not wanted is empty
     return (
         x.new_empty(0) if grad_x is None else grad_x.contiguous(),
-        weight.new_empty(0) if grad_weight is None else grad_weight.contiguous(),
+        weight.new_empty(0) if grad_weight is None else keep_groups(grad_weight, mask).contiguous(),
     )
 
 
 @_shiftwise_conv2d_backward.register_fake
 def _(grad_h, grad_v, grad_i, x, weight, wiring, mask, focus_length, padding, backend, need_x, need_weight):
+    _check(Call(x, weight, wiring, mask, focus_length, padding))
+    _check_gradients(grad_h, grad_v, grad_i, x)
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
@@ -148,8 +178,6 @@ def _double_backward(ctx, over_x, over_weight):
         terms.append(conv(over_x, weight, *rest))
         out[4] = backward(*grads, over_x, weight, *rest, False, True)[1]
     if ctx.need_weight:
-        if mask is not None:
-            over_weight = over_weight * mask[:, :, None, None]
         terms.append(conv(x, over_weight, *rest))
         out[3] = backward(*grads, x, over_weight, *rest, True, False)[0]
     out[:3] = [sum(branch) for branch in zip(*terms, strict=True)]
