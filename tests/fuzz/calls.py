@@ -287,9 +287,10 @@ _GRADS = ('grad_h', 'grad_v', 'grad_i')
 
 OPERATORS = {
     'shift_add': Operator(
-        ('y', *_SHIFT, *_GRADS), _differentiated(shift_add, 'y'), _differentiated(_shift_add64, 'y')),
+        ('y', *_SHIFT, *_GRADS), _differentiated(shift_add, 'y'), _differentiated(_shift_add64, 'y'), sound=_GRADS),
     'shiftwise_conv2d': Operator(
-        (*_CONV, *_GRADS), _differentiated(shiftwise_conv2d, 'x', 'weight'), _differentiated(_conv64, 'x', 'weight')),
+        (*_CONV, *_GRADS), _differentiated(shiftwise_conv2d, 'x', 'weight'), _differentiated(_conv64, 'x', 'weight'),
+        sound=_GRADS),  # PyTorch itself gives gradients the right dtype
     'raw shift_add': Operator(('y', *_SHIFT), raw.shift_add, _shift_add64),
     'raw shift_add_backward': Operator(
         (*_GRADS, 'maps', *_SHIFT), lambda **arguments: (raw.shift_add_backward(**arguments),), _shift_add_backward64),
