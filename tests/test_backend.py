@@ -2,10 +2,16 @@
 
 What leaves traces in a process runs in one of its own.
 """
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ import torch
 from timm_shiftwise.ops import backend as chooser
 from timm_shiftwise.ops.backend import ENVIRONMENT_VARIABLE, choose_backend, explain_backend
 from timm_shiftwise.ops.taichi import runtime
+from timm_shiftwise.ops.taichi.cache import proven_cache
 
 CPU = torch.device('cpu')
 # an operator call on two backends, and the check that they agree
@@ -224,11 +231,83 @@ def test_threads_are_those_of_pytorch():
     ''')
 
 
+# -- what outlasts a process -------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_architecture_in_the_environment_is_a_reason_and_no_abort(monkeypatch):
+    monkeypatch.setattr(runtime, '_failures', {})
+    monkeypatch.setenv('TI_ARCH', 'bogus')
+    reason = runtime._start(runtime.import_taichi(), 'cpu')
+    assert reason is not None and re.search("TI_ARCH must be one of x64, .*got 'bogus'", reason)
+
+
+def kernels_after(folder: Path, damage: Callable[[Path], object]) -> list[str]:
+    """Names that the next to use a cache of two files finds, after some damage to it."""
+    with proven_cache(folder) as kernels:
+        (kernels / 'ticache.tcb').write_bytes(b'index')
+        (kernels / 'T0.tic').write_bytes(b'code')
+    damage(kernels)
+    with proven_cache(folder) as kernels:
+        found = sorted(path.name for path in kernels.iterdir())
+    with proven_cache(folder) as kernels:  # whatever it was, it is over
+        assert sorted(path.name for path in kernels.iterdir()) == found
+    return found
+
+
+@pytest.mark.parametrize('damage', [
+    lambda kernels: None,
+    lambda kernels: (kernels / 'ticache.lock').touch(),  # a process was killed while it held Taichi's lock
+], ids=['none', 'lock left'])
+def test_a_cache_as_it_was_written_is_kept_without_the_locks_of_the_dead(damage, tmp_path):
+    assert kernels_after(tmp_path, damage) == ['T0.tic', 'ticache.tcb']
+
+
+@pytest.mark.parametrize('damage', [
+    lambda kernels: (kernels / 'ticache.tcb').write_bytes(b'indeX'),
+    lambda kernels: (kernels / 'T0.tic').write_bytes(b'cod'),
+    lambda kernels: (kernels / 'T0.tic').unlink(),
+    lambda kernels: (kernels / 'T1.tic').touch(),
+    lambda kernels: (kernels.parent / 'checksums.json').write_bytes(b'{"T0.tic": '),
+    lambda kernels: (kernels.parent / 'checksums.json').write_bytes(b'\xff'),
+    lambda kernels: (kernels.parent / 'checksums.json').unlink(),
+    lambda kernels: shutil.rmtree(kernels),
+], ids=['byte', 'cut', 'file gone', 'file too many', 'sums cut', 'sums damaged', 'sums gone', 'all gone'])
+def test_a_cache_that_is_not_as_it_was_written_is_emptied(damage, tmp_path):
+    assert kernels_after(tmp_path, damage) == []
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_and_processes_that_start_together_cost_time_only(tmp_path):
+    """One byte of Taichi's index changed, and a lock left: each alone kills Taichi or switches its cache off."""
+    environment = dict(XDG_CACHE_HOME=str(tmp_path))
+    with ThreadPoolExecutor(2) as ranks:
+        starts = list(ranks.map(lambda _: run("agree('taichi')", **environment), range(2)))
+    index, = tmp_path.glob('taichi/timm_shiftwise/*/kernels/ticache.tcb')
+    sums = index.parents[1] / 'checksums.json'
+    kernels = {path.name for path in index.parent.iterdir()}
+    assert len(kernels) == 2 and json.loads(sums.read_text()).keys() == kernels
+
+    damaged = bytearray(index.read_bytes())
+    damaged[32] ^= 0xff  # the process dies of this byte where it is read
+    index.write_bytes(damaged)
+    index.with_name('ticache.lock').touch()
+    starts.append(run("agree('taichi')", **environment))
+    assert json.loads(sums.read_text()).keys() == kernels == {path.name for path in index.parent.iterdir()}
+    assert [done.stderr for done in starts] == [''] * 3
+
+
+def test_without_a_place_for_the_cache_kernels_run_and_the_reason_is_said(tmp_path):
+    (tmp_path / 'taichi').mkdir()
+    (tmp_path / 'taichi' / 'timm_shiftwise').touch()
+    done = run("agree('taichi')", XDG_CACHE_HOME=str(tmp_path))
+    assert done.stderr.count('compiled anew in this process') == 1
+
+
 # -- somebody else's Taichi program ------------------------------------------------------------------------------------
 
 
 def test_a_running_program_is_used_and_keeps_its_fields():
-    run('''
+    done = run('''
         import taichi as ti
         ti.init(arch=ti.cpu, default_fp=ti.f64, default_ip=ti.i64)
         field = ti.field(ti.f32, shape=8)
@@ -244,6 +323,7 @@ def test_a_running_program_is_used_and_keeps_its_fields():
         agree('taichi')
         assert later.to_numpy().tolist() == [2] * 4 and new.to_numpy().tolist() == [1] * 3
     ''')
+    assert done.stderr.count('compile for minutes at their first call') == 1  # before they do
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """The command line itself and its small sub-commands."""
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +132,45 @@ def test_a_script_that_is_not_found_names_the_places_and_timms_scripts(
     assert lines[1] == f'  {tmp_path / "train.py"}'
     assert lines[2] == (f'  {tmp_path / "scripts" / "train.py"}' if with_directory else '  $TIMM_SCRIPTS (not set)')
     assert f'timm {version}' in captured.err and f'--branch {branch} ' in captured.err
+
+
+# every command, in one process because starting one takes longer than most of them
+ANYWHERE = '''
+import contextlib
+from timm_shiftwise.cli import COMMANDS, main, quickstart
+quickstart.ENOUGH = 0.
+for name in COMMANDS:
+    with contextlib.suppress(SystemExit):
+        main([name, '--help'])
+folder = 'quickst\\u00e4rt/test_sw.digits'
+for argv in (
+    ['quickstart', '--output', 'quickst\\u00e4rt', '--epochs', '1'],
+    ['recipe'],
+    ['convert', folder, '--output', 'c\\u00f6nverted \\u2713'],
+    ['publish', 'c\\u00f6nverted \\u2713', '--repo', 'a/b', '--dry-run'],
+    ['sparsity', folder],
+    ['profile', 'test_sw'],
+    ['run', 'script.py', '\\u2713'],
+):
+    assert main(argv) == 0, argv
+assert main(['sparsity', 'n\\u00f6 file \\u2713']) == 2
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('environment', [
+    dict(PYTHONIOENCODING='ascii', TERM='dumb'),
+    dict(PYTHONIOENCODING='cp1252', NO_COLOR='1', FORCE_COLOR='1', TERM='xterm'),
+], ids=lambda environment: environment['PYTHONIOENCODING'])
+def test_every_command_does_its_work_whatever_its_output_can_show(environment, tmp_path):
+    (tmp_path / 'script.py').write_text('import sys; print(len(sys.argv))')
+    package = str(Path(timm_shiftwise.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, '-X', 'utf8=0', '-c', ANYWHERE], cwd=tmp_path, capture_output=True, timeout=500,
+        env=os.environ | environment | dict(COLUMNS='60', PYTHONPATH=package, OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout.decode(environment['PYTHONIOENCODING'])
+    # two tables say what is kept, with bars of what there is
+    assert len(re.findall(r'^.*\ball\b.* -{10,}', text, flags=re.MULTILINE)) == 2
+    assert (tmp_path / 'quickstärt' / 'predictions.png').is_file()
+    assert (tmp_path / 'cönverted ✓' / 'model.safetensors').is_file()

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -89,20 +90,33 @@ def test_importing_is_quiet_light_and_leaves_global_state():
     assert (run.stdout, run.stderr) == ('', '')
 
 
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from the files that git tracks, so that the build leaves nothing in the clone."""
-    folder = tmp_path_factory.mktemp('wheel')
+def tracked() -> list[str]:
+    """Files of the clone, or of the source distribution, where there is no git."""
+    if not (ROOT / '.git').exists():
+        names = (ROOT / 'timm_shiftwise.egg-info' / 'SOURCES.txt').read_text().split()
+        return [name for name in names if '.egg-info/' not in name]
     files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, files.split('\0')):
-        target = folder / 'source' / name
+    return list(filter(None, files.split('\0')))
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory) -> Path:
+    """A copy of the files that git tracks, so that a build leaves nothing in the clone."""
+    folder = tmp_path_factory.mktemp('source')
+    for name in tracked():
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wheel(source, tmp_path_factory) -> Path:
+    """A wheel built from them."""
+    folder = tmp_path_factory.mktemp('wheel')
     subprocess.run(
-        [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--wheel-dir', str(folder),
-         str(folder / 'source')],
-        check=True,
-    )
+        [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--wheel-dir', str(folder), str(source)],
+        check=True)
     path, = folder.glob('*.whl')
     return path
 
@@ -111,11 +125,21 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    tracked = subprocess.run(
-        ['git', 'ls-files', 'timm_shiftwise'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert 'timm_shiftwise/py.typed' in tracked
-    assert {name for name in names if '.dist-info/' not in name} == set(tracked)
+    modules = {name for name in tracked() if name.startswith('timm_shiftwise/')}
+    assert 'timm_shiftwise/py.typed' in modules
+    assert {name for name in names if '.dist-info/' not in name} == modules
     assert any(name.endswith('.dist-info/licenses/LICENSE') for name in names)
+
+
+def test_the_source_distribution_holds_every_file_of_the_clone(source, tmp_path):
+    pytest.importorskip('setuptools', '77', reason='building a source distribution needs setuptools 77 or later')
+    subprocess.run(
+        [sys.executable, '-c', 'import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])',
+         str(tmp_path)], cwd=source, check=True, capture_output=True)
+    path, = tmp_path.glob('*.tar.gz')
+    with tarfile.open(path) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    assert set(tracked()) <= names
 
 
 @pytest.mark.slow

@@ -4,15 +4,19 @@ train.py runs by itself, the others through the launcher. They are not in timm's
 directory that TIMM_SCRIPTS names.
 """
 import csv
+import itertools
 import json
 import math
 import os
+import random
 import re
 import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -156,17 +160,24 @@ def test_train_takes_the_option(options, data, tmp_path):
     assert checkpoint(tmp_path)['state_dict'].keys() == timm.create_model(MODEL).state_dict().keys()
 
 
-def test_train_killed_in_the_middle_of_an_epoch_resumes(data, tmp_path):
-    options = ['--model-ema', '--model-ema-decay', '0.8']
+def kill(command: list[str], cwd: Path, is_moment: Callable[[str], bool]) -> list[str]:
+    """Run a command, kill it after a line of its standard error, and return the lines so far."""
+    log = []
     with subprocess.Popen(
-            train_command(data, tmp_path, *options), env=environment(), cwd=tmp_path, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        log = []
+            command, env=environment(), cwd=cwd, text=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE) as process:
         for line in process.stderr:
             log.append(line)
-            if line.startswith(f'Train: 1 [   0/{UPDATES}'):
+            if is_moment(line):
                 process.kill()
         assert process.wait() == -9, ''.join(log)
+    return log
+
+
+def test_train_killed_in_the_middle_of_an_epoch_resumes(data, tmp_path):
+    options = ['--model-ema', '--model-ema-decay', '0.8']
+    log = kill(
+        train_command(data, tmp_path, *options), tmp_path, lambda line: line.startswith(f'Train: 1 [   0/{UPDATES}'))
     assert not any(line.startswith(f'Train: 1 [{UPDATES - 1:>4d}/') for line in log), 'the epoch was over'
     before = checkpoint(tmp_path)
     assert before['epoch'] == 0
@@ -183,6 +194,37 @@ def test_train_killed_in_the_middle_of_an_epoch_resumes(data, tmp_path):
     assert steps == {2 * UPDATES}  # the optimiser's memory came back too
     assert after['state_dict']['sparsity.step'] == 2 * UPDATES
     assert (after['state_dict']['head.fc.weight'] - before['state_dict']['head.fc.weight']).abs().max() > 0
+
+
+def test_train_killed_at_twenty_random_moments_loses_no_epoch_that_was_saved(data, tmp_path):
+    """Some in the start, some in training, validation or saving; each run goes on where the saved ones ended."""
+    rng = random.Random(0)
+    last, saved = tmp_path / 'run' / 'last.pth.tar', -1
+    for _ in range(20):
+        resume = ['--resume', str(last)] if saved >= 0 else []
+        lines, moment = itertools.count(1), rng.randint(1, 45)
+
+        def is_moment(line: str, lines=lines, moment=moment) -> bool:
+            if next(lines) != moment:
+                return False
+            time.sleep(rng.uniform(0, 0.2))
+            return True
+
+        log = kill(train_command(data, tmp_path, *resume, epochs=1000), tmp_path, is_moment)
+        if resume and any(line.startswith('Train:') for line in log):
+            assert f"Loaded checkpoint '{last}' (epoch {saved})" in ''.join(log)
+        for file in (tmp_path / 'run').glob('*.pth.tar') if last.exists() else ():
+            if not file.name.startswith('tmp'):  # train.py writes there what it then renames
+                state = checkpoint(tmp_path, file.name)
+                steps = {int(held['step']) for held in state['optimizer']['state'].values()}
+                assert steps == {int(state['state_dict']['sparsity.step'])} == {(state['epoch'] + 1) * UPDATES}
+        if last.exists():
+            before, saved = saved, checkpoint(tmp_path)['epoch']
+            assert saved >= before
+    assert saved > 0
+    assert [row['epoch'] for row in summary(tmp_path)][-1] <= saved + 1
+    execute(train_command(data, tmp_path, '--resume', str(last), epochs=saved + 2), cwd=tmp_path)
+    assert checkpoint(tmp_path)['epoch'] == saved + 1
 
 
 def test_train_continues_from_the_very_state_it_saved(data, trained, tmp_path):

@@ -6,6 +6,7 @@ module is imported to build the help text, so what is heavy is imported inside `
 """
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What follows the script's name belongs to the script. argparse never sees it: its REMAINDER would drop a '--'
         # or answer a '--help' itself, depending on the Python version.
         parsed, script_args = (argv[:2], argv[2:]) if argv[:1] == ['run'] else (argv, [])
+        if argv[:1] != ['run'] and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors='backslashreplace')  # a character that it lacks must not end the work
         args = build_parser().parse_args(parsed)
         args.script_args = script_args
         return args.run(args)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     provenance = Provenance(args.description, args.dataset, args.license, [tuple(pair) for pair in args.result])
     console = Console(soft_wrap=True)
     try:
-        with Console(stderr=True).status('Converting and checking'):
+        with Console(stderr=True).status('Converting and checking', spinner='line'):
             done = convert(
                 args.source,
                 args.output,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from . import CommandError
@@ -110,6 +111,11 @@ def load_network(checkpoint: str, model: str | None, model_kwargs: Mapping[str, 
     except (HubError, CheckpointError) as error:
         raise CommandError(str(error)) from error
     return network, name
+
+
+def share_bar(share: float) -> ProgressBar:
+    """A bar for a cell of a table, in characters that the terminal has."""
+    return ProgressBar(total=1, completed=share, width=24, complete_style='cyan', finished_style='cyan')
 
 
 def print_sections(*sections: Sequence[Table | str]) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import CommandError
+from .network import share_bar
 
 if TYPE_CHECKING:
     import torch
@@ -249,9 +250,9 @@ def _sparsity_table(model: 'ShiftwiseNet') -> Table:
     table.add_column()
     rows: list[tuple[str, StageGroups | NetworkGroups]] = [(str(i), stage) for i, stage in enumerate(groups.stages, 1)]
     for name, counted in (*rows, ('all', groups)):
-        filled = round(24 * counted.density)
-        bar = Text.assemble(('█' * filled, 'cyan'), ('░' * (24 - filled), 'dim'))
-        table.add_row(name, str(counted.kept), str(counted.total), f'{100 * (1 - counted.density):.1f} %', bar)
+        table.add_row(
+            name, str(counted.kept), str(counted.total), f'{100 * (1 - counted.density):.1f} %',
+            share_bar(counted.density))
     return table
 
 

@@ -3,18 +3,16 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import CommandError
-from .network import add_format, add_model_kwargs, load_network, print_csv, print_json, print_sections
+from .network import add_format, add_model_kwargs, load_network, print_csv, print_json, print_sections, share_bar
 
 if TYPE_CHECKING:
     from ..profile import LayerGroups, NetworkGroups
 
-_BAR = 24
 _LEGEND = 'Groups: small kernels of all channels. Without: channels that lost all of theirs.'
 
 
@@ -94,27 +92,23 @@ def _table(groups: 'NetworkGroups') -> Table:
     table.add_column('layer')
     for column in ('channels', 'groups', 'kept', 'share'):
         table.add_column(column, justify='right', no_wrap=True)
-    table.add_column('', width=_BAR)
+    table.add_column()
     table.add_column('without', justify='right')
     for index, stage in enumerate(groups.stages):
         ghosts = f' of {stage.dim}' if stage.dim > stage.channels else ''
         table.add_row(
             f'stage {index + 1}, M = {stage.focus_length}', f'{stage.channels}{ghosts}', f'{stage.total:,}',
-            f'{stage.kept:,}', _percent(stage.density), _bar(stage.density),
+            f'{stage.kept:,}', _percent(stage.density), share_bar(stage.density),
             str(sum(layer.empty_channels for layer in stage.layers)), style='bold')
         for layer in stage.layers:
             table.add_row(
                 f'  {layer.name}', '', f'{layer.total:,}', f'{layer.kept:,}', _percent(layer.density),
-                _bar(layer.density), str(layer.empty_channels), end_section=layer is stage.layers[-1])
+                share_bar(layer.density), str(layer.empty_channels), end_section=layer is stage.layers[-1])
     empty = sum(layer.empty_channels for stage in groups.stages for layer in stage.layers)
     table.add_row(
-        'all', '', f'{groups.total:,}', f'{groups.kept:,}', _percent(groups.density), _bar(groups.density), str(empty),
-        style='bold')
+        'all', '', f'{groups.total:,}', f'{groups.kept:,}', _percent(groups.density), share_bar(groups.density),
+        str(empty), style='bold')
     return table
-
-
-def _bar(share: float) -> Bar:
-    return Bar(size=1, begin=0, end=share, width=_BAR, color='cyan')
 
 
 def _percent(share: float) -> str:

@@ -149,10 +149,10 @@ def choose_way(call: Call, backward: bool = False) -> Choice:
         RuntimeError: If the backend asked for cannot run.
     """
     device, mask = call.x.device, call.mask
+    requested, source = requested_backend(call.backend)
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     if asked:
         return _asked_for(asked, call)
-    requested, source = requested_backend(call.backend)
     direction = 'backward' if backward else 'forward'
     if requested == 'auto' and may_measure(call.x):
         choice = _measured(call, direction)

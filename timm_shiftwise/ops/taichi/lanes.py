@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime import LANES, import_taichi, num_threads, setting
+from .runtime import LANES, import_taichi, num_threads, scalarizes
 
 ti = import_taichi()
 
@@ -89,8 +89,8 @@ def num_tasks(work: int) -> int:
 
 def most_vectors() -> int:
     """Local vectors that a loop over a row may sum in at once."""
-    if setting('real_matrix_scalarize') or setting('force_scalarize_matrix'):
-        return 2  # a program that takes vectors apart into scalars compiles many of them very slowly
+    if scalarizes():
+        return 2  # such a program compiles many of them very slowly
     return 4  # as many as fit into the registers of AVX2 beside what is read
 
 

@@ -7,23 +7,31 @@ Taichi holds one program a process, on one architecture. So:
   destroys its owner's fields. After somebody's ``ti.init`` or ``ti.reset`` the kernels compile anew by themselves.
 - A forked child has none of the threads of the program that it inherited, so it does not use it.
 - On CUDA, Taichi only ever sees the first visible device.
+- What our own program compiles is kept for the next process (:mod:`.cache`); it ends, and writes, before Python does.
 - Taichi's bookkeeping in Python is not made for several threads, so one lock is held around starts and launches; fields
   are allocated in the thread that started the program.
 
 The CUDA part was written with care but not run: no CUDA machine was at hand.
 """
+import atexit
 import ctypes
 import importlib
+import logging
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from .cache import cache_folder, proven_cache
+
+_logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ('cpu', 'cuda')
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
@@ -34,7 +42,9 @@ _OPTIONS = {'real_matrix_scalarize': False, 'force_scalarize_matrix': False, 'lo
 _lock = threading.RLock()
 _failures: dict[str, str] = {}  # what failed ('import' or an architecture) -> why
 _own_program: Any = None
+_own_cache: Path | None = None
 _inherited_program: Any = None
+_warned_of_slow_start = False
 
 
 def import_taichi() -> Any:
@@ -103,6 +113,8 @@ def _ensure_program(device_type: str) -> str | None:
     if program is _inherited_program:
         return 'Taichi was started before this process was forked, and its threads did not come along (spawn instead)'
     if _fits(ti, program, device_type):
+        if program is not _own_program:
+            _warn_of_slow_start()
         return _fields_obstacle(ti, runtime)
     if program is _own_program and device_type == 'cuda' and not _holds_fields(ti, runtime):
         return _start(ti, device_type)
@@ -128,12 +140,42 @@ def _fields_obstacle(ti: Any, runtime: Any) -> str | None:
     return None
 
 
+def _warn_of_slow_start() -> None:
+    global _warned_of_slow_start
+    if scalarizes() and not _warned_of_slow_start:
+        _warned_of_slow_start = True
+        _logger.warning(
+            'The Taichi program of this process takes vectors apart: shift-wise operators compile for minutes at their '
+            'first call. ti.init(real_matrix_scalarize=False, force_scalarize_matrix=False) makes that seconds.')
+
+
 def _start(ti: Any, device_type: str) -> str | None:
-    global _own_program
+    global _own_cache
     if device_type in _failures:
         return _failures[device_type]
+    arch, known = os.environ.get('TI_ARCH'), list(ti._lib.core.Arch.__members__)
+    if arch is not None and arch not in known:  # Taichi would abort the process
+        _failures[device_type] = f'the environment variable TI_ARCH must be one of {", ".join(known)}, got {arch!r}'
+        return _failures[device_type]
+    if 'TI_OFFLINE_CACHE' in os.environ or 'TI_OFFLINE_CACHE_FILE_PATH' in os.environ:  # the user looks after it
+        return _init(ti, device_type)
+    folder = cache_folder(ti)
+    try:
+        with proven_cache(folder) as kernels:
+            failure = _init(ti, device_type, offline_cache_file_path=str(kernels))
+    except OSError as error:
+        _logger.warning('Taichi kernels are compiled anew in this process: %s cannot be used (%s).', folder, error)
+        return _init(ti, device_type, offline_cache=False)
+    if _own_cache is None:
+        atexit.register(_save_kernels)
+    _own_cache = folder
+    return failure
+
+
+def _init(ti: Any, device_type: str, **options: Any) -> str | None:
+    global _own_program
     # an option that is also set in the environment would make Taichi print a warning; the environment wins then
-    options = {name: value for name, value in _OPTIONS.items() if f'TI_{name.upper()}' not in os.environ}
+    options |= {name: value for name, value in _OPTIONS.items() if f'TI_{name.upper()}' not in os.environ}
     if 'TI_CPU_MAX_NUM_THREADS' not in os.environ:
         options['cpu_max_num_threads'] = max(torch.get_num_threads(), os.cpu_count() or 1)
     misc = ti.lang.misc
@@ -156,9 +198,26 @@ def _start(ti: Any, device_type: str) -> str | None:
     return None
 
 
+def _save_kernels() -> None:
+    """End our program while its cache is held: by itself it would write there later, when nobody can note checksums."""
+    ti = import_taichi()
+    with _lock:
+        program = ti.lang.impl.get_runtime().prog
+        if _own_cache is None or program is None or program is not _own_program or program is _inherited_program:
+            return
+        _failures.update(dict.fromkeys(DEVICE_TYPES, 'this process is ending'))
+        with suppress(OSError), proven_cache(_own_cache):
+            ti.reset()
+
+
 def setting(name: str) -> Any:
     """A setting of the running Taichi program, such as ``'real_matrix_scalarize'``."""
     return getattr(import_taichi().lang.impl.get_runtime().prog.config(), name)
+
+
+def scalarizes() -> bool:
+    """Whether the running Taichi program takes vectors apart into scalars, and so compiles our kernels slowly."""
+    return setting('real_matrix_scalarize') or setting('force_scalarize_matrix')
 
 
 def num_threads() -> int:
