@@ -56,6 +56,5 @@ def _read(folder: Path, split: str) -> ReaderImageFolder:
     except RuntimeError as error:  # no images
         raise RecipeError(str(error)) from error
     if Path(reader.root) == folder:  # what timm reads where it finds no folder of the split
-        allowed = 'train' if split == 'train' else 'val or validation'
-        raise RecipeError(f'{folder} has no folder of {split} images, which would be called {allowed}')
+        raise RecipeError(f'{folder} has no folder of {split} images; it needs train/CLASS and val/CLASS')
     return reader

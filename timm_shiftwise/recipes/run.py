@@ -116,7 +116,7 @@ def own_schedule(model: str, **model_kwargs: Any) -> SparsitySchedule | None:
     return schedule if isinstance(schedule, SparsitySchedule) and schedule.sparsity > 0 else None
 
 
-def fit_schedule(schedule: SparsitySchedule | None, updates: int) -> dict[str, int]:
+def fit_schedule(schedule: SparsitySchedule | None, updates: int) -> dict[str, Any]:
     """Arguments of a network that fit its schedule to a run.
 
     A network's own interval is for a run of `PUBLISHED_UPDATES`. Another run has as many exchanges: the interval is the

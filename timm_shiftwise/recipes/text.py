@@ -60,7 +60,9 @@ def _weights(weights: str | None) -> str:
 def _network(model: str, recipe: Recipe, run: Run, weights_args: Mapping[str, Any] | None) -> str:
     """Arguments of the network; those of its schedule are fitted to the run."""
     if weights_args is not None:
-        return _settings({}, model_kwargs=dict(weights_args)) if weights_args else ''
+        needed = dict(weights_args)
+        channels = {'in_chans': needed.pop('in_chans')} if 'in_chans' in needed else {}
+        return _settings({}, **channels, **({'model_kwargs': needed} if needed else {}))
     schedule = own_schedule(model, **recipe.model_kwargs)
     if schedule is None:
         return _comment('The network stays dense.')
