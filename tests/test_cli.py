@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import timm
-import yaml
 
 import timm_shiftwise
 from timm_shiftwise.cli import COMMANDS, CommandError, main
 from timm_shiftwise.cli.run import find_script
-
-RECIPES = ('sw_base', 'sw_small', 'sw_tiny')
 
 
 def exit_status(*argv: str) -> int:
@@ -57,45 +54,6 @@ def test_a_commands_error_is_shown_without_a_traceback_or_markup(monkeypatch, ca
     captured = capsys.readouterr()
     assert captured.err == 'timm-shiftwise recipe: no [bold]file[/bold] :smile: ' + 'x' * 200 + '\n'
     assert captured.out == ''
-
-
-@pytest.mark.parametrize('model', RECIPES)
-def test_recipe_prints_one_path_that_a_shell_can_use(model, capsys, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '20')
-    assert exit_status('recipe', model) == 0
-    out = capsys.readouterr().out
-    assert out.endswith(f'{model}.yaml\n') and out.count('\n') == 1
-    assert Path(out.rstrip('\n')).is_file()
-
-
-def test_recipe_without_a_model_lists_all(capsys):
-    assert exit_status('recipe') == 0
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert [name for name, _ in lines] == list(RECIPES)
-    assert all(Path(path).is_file() for _, path in lines)
-
-
-def test_recipe_of_an_unknown_model_names_those_there_are(capsys):
-    assert exit_status('recipe', 'resnet50') == 2
-    message = capsys.readouterr().err
-    assert "'resnet50'" in message and all(name in message for name in RECIPES)
-
-
-@pytest.mark.parametrize(('model', 'drop_path'), [('sw_tiny', 0.1), ('sw_small', 0.4), ('sw_base', 0.5)])
-def test_recipe_holds_the_papers_settings(model, drop_path, capsys):
-    main(['recipe', model])
-    recipe = yaml.safe_load(Path(capsys.readouterr().out.strip()).read_text())
-    assert recipe['batch_size'] * recipe['grad_accum_steps'] * 8 == 4096
-    del recipe['batch_size'], recipe['grad_accum_steps']
-    assert recipe == dict(
-        model=model, device_modules=['timm_shiftwise'],
-        opt='adamw', lr=4e-3, weight_decay=0.05,
-        sched='cosine', sched_on_updates=True, epochs=300, warmup_epochs=20, min_lr=1e-6,
-        aa='rand-m9-mstd0.5-inc1', mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.25, remode='pixel',
-        interpolation='bicubic', train_interpolation='bicubic', drop_path=drop_path,
-        model_ema=False, amp=True, amp_dtype='bfloat16',
-    )
-    assert timm.is_model(model)
 
 
 def test_a_script_is_found_by_path_before_timm_scripts(tmp_path, monkeypatch):

@@ -160,4 +160,4 @@ main(['recipe', 'sw_tiny'])
     assert run.returncode == 0, run.stderr
     package, recipe = run.stdout.split()
     assert Path(package).is_relative_to(tmp_path)
-    assert Path(recipe).is_file() and Path(recipe).is_relative_to(tmp_path)
+    assert (tmp_path / recipe).is_file()

@@ -1,8 +1,10 @@
 """The quickstart, the weights that it made, and the figure of the README."""
+import contextlib
+import csv
+import io
 import json
 import os
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from usage_code import code_blocks
 
 import timm_shiftwise
 from timm_shiftwise.cli import CommandError, main, quickstart
+from timm_shiftwise.hub.source import read_weights
 from timm_shiftwise.layers import ShiftwiseConv2d
 
 pytest.importorskip('sklearn', reason='the quickstart needs scikit-learn, which is not installed')
@@ -37,11 +40,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """What the command writes in one epoch, whatever that epoch reaches."""
+    """What the command writes in one epoch, whatever that epoch reaches; what it says lies beside it."""
     output = tmp_path_factory.mktemp('quickstart') / 'output'
-    with pytest.MonkeyPatch.context() as patch:
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(quickstart, 'ENOUGH', 0.)
+        patch.setenv('COLUMNS', '500')
         assert main(['quickstart', '--output', str(output), '--epochs', '1']) == 0
+    (output.parent / 'said.txt').write_text(said.getvalue())
     return output
 
 
@@ -265,8 +271,8 @@ def test_the_command_as_a_newcomer_runs_it(tmp_path, monkeypatch):
     said = ' '.join(run.stdout.split())
     assert 'no network is saved' not in said
     assert "timm.create_model('local-dir:quickstart/test_sw.digits', pretrained=True) gives the same scores" in said
-    for line in quickstart.train_line('sw_tiny', 'PHOTOS', 2, 224, 100):
-        assert line.strip() in said
+    for line in quickstart.train_lines('sw_tiny', 'PHOTOS', 100):
+        assert line in said
     assert is_drawn(tmp_path / 'quickstart' / 'predictions.png')
 
     model = timm.create_model(f'local-dir:{tmp_path / "quickstart" / "test_sw.digits"}', pretrained=True)
@@ -282,18 +288,28 @@ def test_the_command_as_a_newcomer_runs_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_line_for_the_users_own_images_trains(folder, tmp_path):
+def test_the_last_lines_train_on_the_digits_with_exchanges(trained, tmp_path):
     scripts = Path(os.environ.get('TIMM_SCRIPTS') or 'TIMM_SCRIPTS is not set')
     if not (scripts / 'train.py').is_file():
         pytest.skip("train.py is not in timm's wheel: set TIMM_SCRIPTS to the directory that holds it")
-    words = shlex.split(' '.join(quickstart.train_line('test_sw', str(folder), 10, 64, 1)))
-    assert words[:2] == ['python', 'timm-scripts/train.py']
+    said = (trained.parent / 'said.txt').read_text()
+    lines = [line.strip() for line in said.partition('on the digits:')[2].splitlines() if line.strip()]
+    assert lines[0].startswith('timm-shiftwise recipe test_sw') and lines[1].startswith('python timm-scripts/train.py')
+    (tmp_path / 'timm-scripts').symlink_to(scripts.resolve())
+    commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     run = subprocess.run(
-        [sys.executable, str(scripts / 'train.py'), *words[2:], '--output', str(tmp_path), '--experiment', 'run',
-         '--workers', '1'],
-        capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / 'run' / 'summary.csv').is_file()
+        ['bash', '-euc', '\n'.join(lines[:2])], cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        env={**os.environ, 'PATH': commands, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stdout + run.stderr
+    output, = (tmp_path / 'output' / 'train').iterdir()
+    with (output / 'summary.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]['eval_top1']) >= 97
+    saved = (read_weights(output / file) for file in ('checkpoint-0.pth.tar', 'last.pth.tar'))
+    early, late = (
+        torch.cat([value.flatten() for name, value in state.items() if name.endswith('group_mask')]) for state in saved)
+    assert early.float().mean() == pytest.approx(late.float().mean(), abs=0.02) == pytest.approx(0.6, abs=0.02)
+    assert (early != late).float().mean() > 0.1
 
 
 @pytest.mark.slow

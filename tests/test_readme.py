@@ -18,7 +18,6 @@ from safetensors.torch import save
 from usage_code import code_blocks
 
 from timm_shiftwise.cli import main
-from timm_shiftwise.cli.recipe import recipes
 from timm_shiftwise.models.pretrained import ORGANISATION
 
 ROOT = Path(__file__).parent.parent
@@ -46,15 +45,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def words_after(command: str, start: str) -> list[str]:
-    """Arguments of a command; what the shell would put in is the path of a recipe."""
-    command = re.sub(r'"\$\(timm-shiftwise recipe (\w+)\)"', lambda match: shlex.quote(recipes()[match[1]]), command)
+    """Arguments of a command."""
     return shlex.split(command.partition(start)[2])
 
 
 def test_every_block_is_of_a_kind_that_a_test_reads():
     languages = re.findall(r'^```(\w+)$', README, re.MULTILINE)
     assert languages.count('python') == 2 and set(languages) == {'python', 'sh', 'bibtex'}
-    starts = 'python3 -m venv', 'python train.py', 'torchrun', 'timm-shiftwise'
+    starts = 'python3 -m venv', 'torchrun', 'timm-shiftwise'
     assert all(command.startswith(starts) for command in COMMANDS)
 
 
@@ -114,6 +112,21 @@ def test_a_training_run_is_converted_and_published_by_the_lines_given(tmp_path, 
         assert torch.equal(logits(timm.create_model(f'hf-hub:{repository}', pretrained=True)), logits(network))
 
 
+def test_the_recipe_is_written_by_the_line_given(tmp_path, monkeypatch, capsys):
+    command, = (command for command in COMMANDS if command.startswith('timm-shiftwise recipe'))
+    words = words_after(command, 'timm-shiftwise ')
+    for folder in ('train/a', 'train/b', 'val/a', 'val/b'):
+        (tmp_path / 'imagenet' / folder).mkdir(parents=True)
+        for index in range(20):
+            (tmp_path / 'imagenet' / folder / f'{index}.png').touch()
+    monkeypatch.chdir(tmp_path)
+    assert main([word.replace('/path/to/', '') for word in words]) == 0
+    file = capsys.readouterr().out.strip()
+    recipe = yaml.safe_load(Path(file).read_text())
+    assert recipe['model'] == words[1] and recipe['data_dir'] == 'imagenet'
+    assert f'torchrun --nproc_per_node=8 -m timm_shiftwise run train.py --config {file}' in README
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [command for command in COMMANDS if re.search(r'(train|validate)\.py', command)])
 def test_timms_scripts_know_the_arguments_given(command):
@@ -123,7 +136,8 @@ def test_timms_scripts_know_the_arguments_given(command):
     words = words_after(command.replace('...', 'PLACE'), f'{name} ')
     if '--config' in words:  # which train.py reads with a parser of its own
         at = words.index('--config')
-        assert Path(words[at + 1]).is_file()
+        recipe = next(other for other in COMMANDS if other.startswith('timm-shiftwise recipe'))
+        assert words_after(recipe, 'recipe ')[0] == words[at + 1].removesuffix('.yaml')
         del words[at:at + 2]
     runpy.run_path(str(SCRIPTS / name), run_name=name)['parser'].parse_args(words)
 

@@ -208,7 +208,7 @@ def _quickstart(console: Console, output: Path, scratch: Path, epochs: int, seed
     _place(scratch / PICTURE, output / PICTURE)
     _say(console, 'Picture', f'{output / PICTURE}: held-out digits with what the network says of them')
     _say(console, 'Done', f'in {time.perf_counter() - start:.0f} s')
-    console.print(_next_steps(output, size))
+    console.print(_next_steps(output))
     return 0
 
 
@@ -324,32 +324,28 @@ def _merging_table(model: 'nn.Module', exam: 'DataLoader', device: 'torch.device
     return table
 
 
-def train_line(model: str, data: str, classes: int, size: int, epochs: int) -> list[str]:
-    """The lines of a train.py command, without line ends, for a folder of images.
+def train_lines(model: str, data: str, epochs: int) -> list[str]:
+    """The commands that write a recipe for a folder of images and train by it.
 
     Args:
         model: name of the network.
-        data: folder with `train` and `val`.
-        classes: number of classes.
-        size: side of the images in pixels.
+        data: folder with `train` and `val`, as a shell takes it.
         epochs: length of the run.
     """
     import torch
 
-    lines = [
-        'python timm-scripts/train.py --device-modules timm_shiftwise',
-        f'    --model {model} --data-dir {data} --num-classes {classes}',
-        f'    --input-size 3 {size} {size} --batch-size 64 --epochs {epochs}',
-        f'    --warmup-epochs {max(epochs // 20, 1)} --opt adamw --lr 1e-3 --weight-decay 0.05',
+    device = '' if torch.cuda.is_available() else ' --device cpu'
+    return [
+        f'timm-shiftwise recipe {model} --data-dir {data} --epochs {epochs}',
+        f'python timm-scripts/train.py --config {model}.yaml{device}',
     ]
-    return lines if torch.cuda.is_available() else [*lines, '    --device cpu']
 
 
-def _next_steps(output: Path, size: int) -> Panel:
+def _next_steps(output: Path) -> Panel:
     import timm
 
     def code(*lines: str) -> Syntax:
-        return Syntax(' \\\n'.join(lines), 'bash', background_color='default', word_wrap=True)
+        return Syntax('\n'.join(lines), 'bash', background_color='default', word_wrap=True)
 
     return Panel(
         Group(
@@ -357,12 +353,12 @@ def _next_steps(output: Path, size: int) -> Panel:
             Text('  PHOTOS/train/CLASS/*.jpg\n  PHOTOS/val/CLASS/*.jpg', style='bold'),
             "\nGet timm's training script:",
             code(
-                f'git clone --depth 1 --branch v{timm.__version__}',
+                f'git clone --depth 1 --branch v{timm.__version__} \\',
                 '    https://github.com/huggingface/pytorch-image-models timm-scripts'),
-            '\nTrain, with your folder and your number of classes in place of these:',
-            code(*train_line('sw_tiny', 'PHOTOS', 2, 224, 100)),
-            '\nTo see that line work first, on the digits:',
-            code(*train_line('test_sw', shlex.quote(str(output / DIGITS)), 10, size, 10)),
+            '\nWrite a recipe for your folder, look into it, and train by it:',
+            code(*train_lines('sw_tiny', 'PHOTOS', 100)),
+            '\nTo see these lines work first, on the digits:',
+            code(*train_lines('test_sw', shlex.quote(str(output / DIGITS)), 10)),
         ),
         title='[bold]Your own images[/]',
         box=box.HORIZONTALS,

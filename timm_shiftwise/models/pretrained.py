@@ -6,7 +6,6 @@ there ends in an error of theirs or of the file format's, which seldom names the
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +170,10 @@ def _explain_hub(
 
 def _ways_on(variant: str, cfg: PretrainedCfg) -> str:
     published = f' The authors publish at {cfg.origin_url}.' if cfg.origin_url else ''
-    has_recipe = (files('timm_shiftwise') / 'recipes' / f'{variant}.yaml').is_file()
-    recipe = f'--config "$(timm-shiftwise recipe {variant})" ' if has_recipe else ''
     return (
         'Three ways on:\n'
-        f'  - Train the network: python train.py --device-modules timm_shiftwise --model {variant} {recipe}'
-        f'--data-dir IMAGENET\n'
+        f'  - Train the network: timm-shiftwise recipe {variant} --data-dir IMAGENET, then python train.py --config '
+        f'{variant}.yaml.\n'
         f"  - Convert the authors' checkpoint: timm-shiftwise convert FILE.pth --model {variant} --output FOLDER, "
         f"then timm.create_model('local-dir:FOLDER', pretrained=True).{published}\n"
         f'  - Take weights from elsewhere: set {ORGANISATION_VARIABLE} to another organisation of the Hub before '

@@ -195,7 +195,7 @@ class ShiftwiseNet(nn.Module):
         prune_interval: Optimiser steps between updates.
         sparsity_init: ``'snip'`` or ``'uniform'``: how the kept groups are spread over the layers.
         sparsity_steps: Length of the run in optimiser steps; the default is that of 300 epochs of ImageNet-1k in
-            batches of 4096.
+            batches of 4096, 313 an epoch.
         sparsity_seed: Seed of the masks.
         reparameterized: Build the form for inference, which the weights of a network that went through
             ``timm.utils.reparameterize_model`` fit; it cannot be trained.
@@ -238,7 +238,7 @@ class ShiftwiseNet(nn.Module):
             prune_rate: float = 0.5,
             prune_interval: int = 2000,
             sparsity_init: str = 'snip',
-            sparsity_steps: int = 93_600,
+            sparsity_steps: int = 93_900,
             sparsity_seed: int = 0,
             reparameterized: bool = False,
             backend: str | None = None,

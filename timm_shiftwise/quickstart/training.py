@@ -14,18 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.recipes import OPTIMISER, RECIPES, Images, Run, fit_schedule, own_schedule, plan_run
 
 from .digits import CLASSES
 
 MODEL = 'test_sw'
 """Name of the network that is trained."""
 
-BATCH_SIZE = 32
-
-_LEARNING_RATE = 3e-3
-_WEIGHT_DECAY = 0.05
-_LABEL_SMOOTHING = 0.1
-_UPDATES_OF_THE_MASKS = 16
+_RECIPE = RECIPES[MODEL]
+BATCH_SIZE = _RECIPE.batch_size
 
 
 class Progress(NamedTuple):
@@ -66,7 +63,11 @@ class Scores(NamedTuple):
 
 def count_steps(images: int, epochs: int) -> int:
     """Optimiser steps of a run; the last, smaller batch of an epoch is dropped."""
-    return epochs * (images // BATCH_SIZE)
+    return _plan(images, epochs).updates
+
+
+def _plan(images: int, epochs: int) -> Run:
+    return plan_run(_RECIPE, Images(images, len(CLASSES)), gpus=1, epochs=epochs, batch_size=BATCH_SIZE)
 
 
 def image_size(model: nn.Module) -> int:
@@ -83,8 +84,7 @@ def create_network(steps: int) -> ShiftwiseNet:
     model = timm.create_model(
         MODEL,
         num_classes=len(CLASSES),
-        prune_interval=max(steps // _UPDATES_OF_THE_MASKS, 1),
-        sparsity_steps=steps,
+        **fit_schedule(own_schedule(MODEL), steps),
     )
     return cast(ShiftwiseNet, model)
 
@@ -96,10 +96,7 @@ def train_loader(folder: Path, model: nn.Module, device: torch.device) -> DataLo
         dataset,
         batch_size=BATCH_SIZE,
         is_training=True,
-        scale=(0.7, 1.),
-        ratio=(0.85, 1 / 0.85),
-        hflip=0.,
-        color_jitter=0.,
+        **{name: _RECIPE.settings[name] for name in ('scale', 'ratio', 'hflip', 'color_jitter')},
         **_loader_args(model, device),
     )
 
@@ -141,14 +138,16 @@ def train(
     Yields:
         Where the run stands, after every optimiser step and at the end of every epoch.
     """
-    optimizer = create_optimizer_v2(model, opt='adamw', lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    run = _plan(len(cast(ImageDataset, images.dataset)), epochs)
+    optimizer = create_optimizer_v2(model, **OPTIMISER, lr=run.lr)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         sched='cosine',
-        num_epochs=epochs,
-        warmup_epochs=min(2, epochs - 1),
-        warmup_lr=1e-4,
-        min_lr=1e-5,
+        num_epochs=epochs - run.warmup_epochs,
+        warmup_epochs=run.warmup_epochs,
+        warmup_prefix=True,
+        warmup_lr=_RECIPE.warmup_lr,
+        min_lr=_RECIPE.min_lr,
         step_on_epochs=False,
         updates_per_epoch=len(images),
     )
@@ -158,7 +157,7 @@ def train(
         loss_meter = AverageMeter()
         for x, labels in images:
             x, labels = x.to(device), labels.to(device)
-            loss = F.cross_entropy(model(x), labels, label_smoothing=_LABEL_SMOOTHING)
+            loss = F.cross_entropy(model(x), labels, label_smoothing=_RECIPE.settings['smoothing'])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

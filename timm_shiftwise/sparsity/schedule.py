@@ -58,7 +58,7 @@ class SparsitySchedule(nn.Module):
 
     def __init__(
             self, stages: list[list[ShiftwiseConv2d]], sparsity: float, prune_rate: float, prune_interval: int,
-            sparsity_init: str = 'snip', sparsity_steps: int = 93_600, sparsity_seed: int = 0, device=None) -> None:
+            sparsity_init: str = 'snip', sparsity_steps: int = 93_900, sparsity_seed: int = 0, device=None) -> None:
         super().__init__()
         if not _is_number(sparsity) or not 0 <= sparsity < 1:
             raise ValueError(f'sparsity must be at least 0 and below 1, got {sparsity!r}.')
