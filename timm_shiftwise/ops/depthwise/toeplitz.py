@@ -39,17 +39,20 @@ class Kernels(NamedTuple):
         window: Columns of the windows that lie side by side in the kernel, of which those centred outside of the map
             are dropped, as ``padding='same'`` does; 0 drops none.
         turned: Whether the kernels are those of the gradient of the input.
+        masks: What :func:`_kept` has made, to be shared by the kernels of one call that drop windows.
     """
     weight: Tensor
     row: int
     column: int
     window: int = 0
     turned: bool = False
+    masks: dict[tuple, Tensor] | None = None
 
     def turn(self) -> 'Kernels':
         """The kernels that make the gradient of the input of that of the output."""
         _, rows, columns = self.weight.shape
-        return Kernels(self.weight.flip(1, 2), rows - 1 - self.row, columns - 1 - self.column, self.window, True)
+        return self._replace(
+            weight=self.weight.flip(1, 2), row=rows - 1 - self.row, column=columns - 1 - self.column, turned=True)
 
 
 class _Layout(NamedTuple):
@@ -143,10 +146,33 @@ def kernel_gradients(
         for gradients, each, kernel in zip(found, sums.unbind(3), kernels, strict=True):
             if kernel.window:
                 each = each * _kept(kernel, layout, x.device).unsqueeze(-1)
-            diagonals = each.sum(1).permute(0, 3, 2, 1)  # [C, rows, tile, seen]
-            gradients.append(
-                diagonal_sums(diagonals, layout.before - kernel.column, kernel.weight.shape[2]))
+            each = each.squeeze(1) if layout.matrices == 1 else each.sum(1)
+            diagonals = each.permute(0, 3, 2, 1)  # [C, rows, tile, seen]
+            gradients.append(diagonal_sums(diagonals, layout.before - kernel.column, kernel.weight.shape[2]))
     return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
+
+
+@torch.library.custom_op('timm_shiftwise::tall_wide_conv2d', mutates_args=())
+def tall_wide_conv2d(x: Tensor, tall: Tensor, wide: Tensor) -> Tensor:
+    """Sum of a tall and a wide depthwise convolution, without derivatives.
+
+    Args:
+        x: Input [B, C, H, W].
+        tall: Kernels [C, rows, columns] of odd sides.
+        wide: Kernels [C, rows, columns] of odd sides.
+
+    Returns:
+        Output [B, C, H, W], laid out as ``x`` is.
+    """
+    out = torch.empty_like(x)
+    convolve([x], [[Kernels(wide, wide.shape[1] // 2, wide.shape[2] // 2)]], [out])
+    convolve([x.mT], [[Kernels(tall.mT, tall.shape[2] // 2, tall.shape[1] // 2)]], [out.mT], add=True)
+    return out
+
+
+@tall_wide_conv2d.register_fake
+def _(x, tall, wide):
+    return torch.empty_like(x)
 
 
 def _layout(height: int, width: int, kernels: Sequence[Kernels], block: int | None) -> _Layout:
@@ -216,7 +242,7 @@ def _toeplitz(
             weight = F.pad(kernel.weight[part], [left, layout.seen + layout.tile - 1 - left - columns])
             diagonals = weight.unfold(2, layout.tile, 1).flip(3).unsqueeze(1)  # [C, 1, rows, seen, tile]
             if kernel.window:
-                diagonals = diagonals * _kept(kernel, layout, weight.device).unsqueeze(1)
+                diagonals = diagonals * _kept(kernel, layout, weight.device).unsqueeze(-3)
             to.copy_(diagonals.permute(0, 1, 3, 4, 2).unsqueeze(-1))
     return matrix.view(channels * layout.matrices, -1, layout.block * outputs * layout.tile)
 
@@ -228,15 +254,19 @@ def _at_rows(matrix: Tensor, layout: _Layout) -> Tensor:
 
 
 def _kept(kernel: Kernels, layout: _Layout, device: torch.device) -> Tensor:
-    """Which elements of the matrices belong to windows that are centred in the map: bool [tiles, seen, tile]."""
-    size, padding = kernel.window, small_padding(kernel.window, 'same')
-    tiles = torch.arange(0, layout.tiles * layout.tile, layout.tile, device=device).view(-1, 1, 1)
-    seen = torch.arange(-layout.before, layout.seen - layout.before, device=device).view(-1, 1)
-    own = torch.arange(layout.tile, device=device)
-    # of the forward convolution, whose windows they are
-    column, place = kernel.column, tiles + seen
-    offset = seen - own
-    if kernel.turned:
-        column, place, offset = kernel.weight.shape[2] - 1 - column, tiles + own, -offset
-    centre = place + padding - (offset + column).remainder(size)
-    return (centre >= 0) & (centre < map_size(layout.width, size, 'same'))
+    """Which elements of the matrices belong to windows that are centred in the map: bool [matrices, seen, tile]."""
+    masks = {} if kernel.masks is None else kernel.masks
+    key = layout, kernel.column, kernel.turned
+    if key not in masks:
+        # column i of what is seen and column j of the tile; turned kernels have the forward convolution's j for i
+        column = kernel.weight.shape[2] - 1 - kernel.column if kernel.turned else kernel.column
+        seen = torch.arange(-layout.before, layout.seen - layout.before, device=device).view(-1, 1)
+        own = torch.arange(layout.tile, device=device)
+        place, other = (own, seen) if kernel.turned else (seen, own)
+        centre = place - (place - (other - column)).remainder(kernel.window)
+        if layout.matrices > 1:
+            tiles = torch.arange(0, layout.tiles * layout.tile, layout.tile, device=device)
+            centre = centre + tiles.view(-1, 1, 1)
+        first = -small_padding(kernel.window, 'same')
+        masks[key] = centre.clamp(first, first + map_size(layout.width, kernel.window, 'same') - 1) == centre
+    return masks[key]

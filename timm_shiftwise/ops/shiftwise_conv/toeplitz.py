@@ -51,5 +51,5 @@ def _kernels(call: Call) -> tuple[Kernels, Kernels, Kernels]:
     wide, tall, square = assemble_kernels(call.weight, call.wiring)
     size, middle = square.shape[1], call.focus_length // 2
     window = size if call.padding == 'same' else 0
-    row = size // 2
-    return Kernels(wide, row, middle, window), Kernels(tall.mT, row, middle, window), Kernels(square, row, row)
+    long = Kernels(wide, size // 2, middle, window, masks={})
+    return long, long._replace(weight=tall.mT), Kernels(square, size // 2, size // 2)
