@@ -5,6 +5,9 @@ with a single one, BatchNorms are factors of kernels and a bias.
 
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3 (re-parameterisation; Eq. 1-3 read backwards).
 """
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
 from timm_shiftwise.ops.depthwise import tall_wide_conv2d
 from timm_shiftwise.ops.large_kernels import assemble_kernels, centred, grown, merged_sides, within_reach
+from timm_shiftwise.ops.measured import CHOICES, layer_of, may_measure
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .operator import Operator
@@ -109,7 +113,9 @@ def merged_forward(
         differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (x, tall, bias, wide))
         # on the meta device nothing runs, and whoever counts there knows convolutions
         if x.device.type not in ('cpu', 'meta') and not differentiated:
-            return _as_products(in_autocast_dtype(x), tall, bias, wide, num_worked)
+            x = in_autocast_dtype(x)
+            form = _fastest_form(x, tall, bias, wide, num_worked) if may_measure(x) else _as_products
+            return form(x, tall, bias, wide, num_worked)
         if torch.compiler.is_compiling() or x.device.type != 'cpu':
             return _two_convolutions(x, tall, bias, wide, False)
         x = in_autocast_dtype(x)
@@ -195,6 +201,27 @@ def _as_products(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked
     kernels = (each[:num_worked, 0].to(x.dtype) for each in (tall, wide))
     worked = tall_wide_conv2d(x[:, :num_worked], *kernels) + bias[:num_worked, None, None].to(x.dtype)
     return torch.cat([worked, _ghosts(x, tall, bias, num_worked)], dim=1) if num_worked < x.shape[1] else worked
+
+
+def _on_contiguous(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Tensor:
+    return _two_convolutions(x.contiguous(), tall, bias, wide, False)
+
+
+def _on_channels_last(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Tensor:
+    return _two_convolutions(x.contiguous(memory_format=torch.channels_last), tall, bias, wide, False)
+
+
+_FORMS = {'toeplitz': _as_products, 'merged': _on_contiguous, 'channels_last': _on_channels_last}
+"""Forms that are timed on devices other than CPUs, named as the ways that are like them."""
+
+
+def _fastest_form(
+        x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Callable[..., Tensor]:
+    """The fastest of :data:`_FORMS`, see :mod:`timm_shiftwise.ops.measured`."""
+    layer, size = layer_of(x, 'merged', 'full', *tall.shape[2:])
+    answer = CHOICES.fastest(layer, size, x.device, lambda: {
+        name: partial(form, x, tall, bias, wide, num_worked) for name, form in _FORMS.items()})
+    return _as_products if answer is None else _FORMS[answer.name]
 
 
 def _ghosts(x: Tensor, tall: Tensor, bias: Tensor, num_worked: int) -> Tensor:

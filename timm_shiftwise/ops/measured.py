@@ -43,8 +43,8 @@ class Layer(NamedTuple):
         direction: ``'forward'``, ``'backward'``, or ``'merged'`` for the merged form.
         padding: ``'full'`` or ``'same'``.
         channels: C.
-        focus_length: M in pixels.
-        kernel_size: N in pixels.
+        focus_length: M in pixels, or the long side of the merged kernels.
+        kernel_size: N in pixels, or their short side.
     """
     device: str
     dtype: str
@@ -80,8 +80,8 @@ class Answer(NamedTuple):
 def may_measure(x: Tensor) -> bool:
     """Whether a choice for a tensor is to be made by timing now."""
     return (
-        torch.backends.cudnn.benchmark and is_timed(x.device) and not torch.are_deterministic_algorithms_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling() and torch.backends.cudnn.benchmark and is_timed(x.device)
+        and not torch.are_deterministic_algorithms_enabled()
         and not (x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()))
 
 

@@ -1,6 +1,6 @@
 """What a network takes on a GPU that is not at hand, estimated from what its calls of PyTorch compute and move.
 
-Nothing is computed: the network, or an operator alone, runs on the ``meta`` device while every call is noted. A call
+Nothing is computed: the network, or an operator alone, runs on tensors without values while every call is noted. A call
 lasts as long as the slower of its arithmetic and its memory traffic, and a launch besides (a roofline). Depthwise
 convolutions are taken for PyTorch's own kernels, whose threads do the multiply-adds that meet the map, one by one.
 
@@ -18,6 +18,8 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -113,6 +115,8 @@ class WorkCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == 'prim':  # a question for a tensor's device
+            return NotImplemented
         with self:
             if func.namespace == 'timm_shiftwise':
                 return OPDEFS[func.name().partition('.')[0]]._init_fn(*args, **kwargs)
@@ -285,8 +289,15 @@ def _times(network: nn.Module, accelerator: Accelerator, images: Tensor) -> Time
     merged = any(isinstance(module, (MergedConv2d, MergedShiftConv2d)) for module in network.modules())
     step = None if merged else _milliseconds(lambda: network.train()(images).sum().backward(), accelerator)
     network = reparameterize_model(network.eval())
-    with torch.inference_mode():
-        return Times(step, _milliseconds(lambda: network(images), accelerator) / len(images))
+    # fake tensors on a GPU know no derivatives, but what looks at the device takes them for real
+    with FakeTensorMode(), torch.inference_mode():
+        held = {name: _on_a_gpu(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
+        call = partial(functional_call, network, held, _on_a_gpu(images))
+        return Times(step, _milliseconds(call, accelerator) / len(images))
+
+
+def _on_a_gpu(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device='cuda')
 
 
 def _milliseconds(function: Callable[[], Any], accelerator: Accelerator) -> float:
