@@ -1,5 +1,6 @@
 """Every way to compute a shift-wise convolution equals the definition: small convolutions, then the shift-add."""
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -38,6 +39,7 @@ COMPUTATIONS = [
     Computation('toeplitz', 'same', 'torch'),
     Computation('merged', 'full', 'torch'),
     Computation('merged', 'full', 'taichi'),
+    Computation('channels_last', 'full', 'torch'),
     Computation('shift', 'full', 'torch'),
     Computation('shift', 'full', 'taichi'),
     Computation('shift', 'same', 'torch'),
@@ -154,7 +156,12 @@ def test_every_way_equals_the_definition_on_any_shape(
 def test_every_dtype_and_memory_format(computation, dtype, memory_format, forced):
     x, weight, wiring = make(6, 13, 3, 2, 9, 8, dtype=dtype)
     wanted = reference_conv2d(x.double(), weight.double(), wiring, 13, computation.padding)
-    seen = forced(computation)(x.to(memory_format=memory_format), weight, wiring, 13)
+    compute = partial(forced(computation), x.to(memory_format=memory_format), weight, wiring, 13)
+    if computation.way == 'channels_last' and dtype.itemsize == 2:
+        with pytest.raises(ValueError, match='oneDNN'):
+            compute()
+        return
+    seen = compute()
     assert_close(seen, [w.to(dtype) for w in wanted], TOLERANCE[dtype], dtype)
 
 

@@ -32,7 +32,7 @@ def choose(padding='full', backend=None, kept=None, size=56, kernel_size=5, back
 
 
 def test_the_table_has_a_row_for_each_way():
-    assert [*WAYS] == ['fused', 'toeplitz', 'merged', 'shift']
+    assert [*WAYS] == ['fused', 'toeplitz', 'merged', 'channels_last', 'shift']
     assert all(name == way.name for name, way in WAYS.items())
 
 
@@ -126,9 +126,9 @@ def test_a_way_that_is_asked_for_is_taken_whatever_backend_is(way, backward, mon
 
 
 @pytest.mark.parametrize('asked, arguments, message', [
-    ('magic', {}, "must be one of 'fused', 'toeplitz', 'merged', 'shift', got 'magic'"),
-    ('large', {}, "must be one of 'fused', 'toeplitz', 'merged', 'shift', got 'large'"),
-    ('Fused', {}, "must be one of 'fused', 'toeplitz', 'merged', 'shift', got 'Fused'"),
+    ('magic', {}, "must be one of 'fused', 'toeplitz', 'merged', 'channels_last', 'shift', got 'magic'"),
+    ('large', {}, "must be one of 'fused', 'toeplitz', 'merged', 'channels_last', 'shift', got 'large'"),
+    ('Fused', {}, "must be one of 'fused', 'toeplitz', 'merged', 'channels_last', 'shift', got 'Fused'"),
     ('merged', dict(padding='same'), "='merged' cannot be followed: .*padding 'full'"),
     ('fused', dict(kernel_size=9), "='fused' cannot be followed: .*7 x 7, not of 9 x 9"),
     ('fused', dict(device='meta'), "='fused' cannot be followed: .*on meta"),

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .files import replacing
 
@@ -81,7 +82,7 @@ def may_measure(x: Tensor) -> bool:
     """Whether a choice for a tensor is to be made by timing now."""
     return (
         not torch.compiler.is_compiling() and torch.backends.cudnn.benchmark and is_timed(x.device)
-        and not torch.are_deterministic_algorithms_enabled()
+        and not isinstance(x, FakeTensor) and not torch.are_deterministic_algorithms_enabled()
         and not (x.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()))
 
 

@@ -43,6 +43,10 @@ LAUNCH = 4e-6
 """Seconds that a launch takes."""
 
 
+_NO_FIGURES = 'channels_last'
+"""A way of whose convolutions, cuDNN's own for large depthwise kernels, no rate is known."""
+
+
 class Accelerator(NamedTuple):
     """A GPU: public figures, and what is assumed to be reached of them.
 
@@ -280,7 +284,7 @@ def _stage(
 
     ways_ms = {
         name: stage.blocks * _milliseconds(partial(computed_by, way), accelerator)
-        for name, way in WAYS.items() if way.obstacle(call) is None}
+        for name, way in WAYS.items() if name != _NO_FIGURES and way.obstacle(call) is None}
     return StageEstimate(stage.stage, stage.blocks, choose_way(call).way.name, ways_ms)
 
 

@@ -132,24 +132,29 @@ def kernel_gradients(
     Returns:
         The gradient of each kernel, [C, rows, columns], in float32 at least.
     """
-    batch, channels, height, width = x.shape
-    layout = _layout(height, width, kernels, block)
+    layout = _layout(x.shape[2], x.shape[3], kernels, block)
+    found = [
+        _kernel_gradients_of(
+            x[:, part], [grad[:, part] for grad in grads], kernels, layout)
+        for part in _parts(x, layout, 1, len(grads))]
+    return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _kernel_gradients_of(
+        x: Tensor, grads: Sequence[Tensor], kernels: Sequence[Kernels], layout: _Layout) -> list[Tensor]:
     own = layout._replace(rows=1, row=0, seen=layout.tile, before=0)  # a block sees its own rows, a tile its columns
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    found: list[list[Tensor]] = [[] for _ in kernels]
-    for part in _parts(x, layout, 1, len(grads)):
-        product = torch.bmm(
-            _windows([x[:, part]], layout).transpose(1, 2), _windows([grad[:, part] for grad in grads], own))
-        product = product.view(
-            -1, layout.matrices, layout.block + layout.rows - 1, layout.seen, layout.block, len(grads), layout.tile)
-        sums = _at_rows(product, layout).sum(-1, dtype=dtype)  # [C, matrices, seen, outputs, tile, rows]
-        for gradients, each, kernel in zip(found, sums.unbind(3), kernels, strict=True):
-            if kernel.window:
-                each = each * _kept(kernel, layout, x.device).unsqueeze(-1)
-            each = each.squeeze(1) if layout.matrices == 1 else each.sum(1)
-            diagonals = each.permute(0, 3, 2, 1)  # [C, rows, tile, seen]
-            gradients.append(diagonal_sums(diagonals, layout.before - kernel.column, kernel.weight.shape[2]))
-    return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
+    product = torch.bmm(_windows([x], layout).transpose(1, 2), _windows(grads, own)).view(
+        x.shape[1], layout.matrices, layout.block + layout.rows - 1, layout.seen, layout.block, len(grads), layout.tile)
+    sums = _at_rows(product, layout).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    del product
+    gradients = []
+    for each, kernel in zip(sums.unbind(3), kernels, strict=True):  # [C, matrices, seen, tile, rows]
+        if kernel.window:
+            each = each * _kept(kernel, layout, x.device).unsqueeze(-1)
+        each = each.squeeze(1) if layout.matrices == 1 else each.sum(1)
+        diagonals = each.permute(0, 3, 2, 1)  # [C, rows, tile, seen]
+        gradients.append(diagonal_sums(diagonals, layout.before - kernel.column, kernel.weight.shape[2]))
+    return gradients
 
 
 @torch.library.custom_op('timm_shiftwise::tall_wide_conv2d', mutates_args=())
@@ -202,9 +207,11 @@ def _parts(x: Tensor, layout: _Layout, inputs: int, outputs: int) -> Iterator[sl
     maps = batch * layout.blocks * layout.tiles
     planes = batch * (layout.blocks * layout.block + rows) * ((layout.tiles - 1) * layout.tile + layout.seen)
     windows, own = maps * rows * inputs * layout.seen, maps * layout.block * outputs * layout.tile
-    columns = 4 * layout.matrices * layout.rows * layout.seen * layout.tile
+    columns = layout.matrices * layout.rows * layout.seen * layout.tile
     matrix = layout.matrices * rows * inputs * layout.seen * layout.block * outputs * layout.tile
-    needed = x.element_size() * (windows + max(planes, own + matrix + columns))
+    products = windows + max(planes, own + matrix + 2 * columns)
+    sums = 3 * matrix + 2 * (outputs + 5) * columns  # of which half types have a copy in float32, as PyTorch sums
+    needed = x.element_size() * max(products, sums)
     at_once = max(1, max(TEMPORARIES_PER_INPUT * x.nbytes, LEAST_TEMPORARIES) // needed)
     for first in range(0, channels, at_once):
         yield slice(first, min(first + at_once, channels))
