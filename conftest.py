@@ -10,6 +10,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 ALLOWED_SKIPS = (
     'TIMM_SCRIPTS',  # timm's scripts come with a clone of timm, not with its wheel
     'CUDA',  # the machine has no NVIDIA GPU
+    'Triton',  # it comes with PyTorch's wheels for CUDA only
 )
 
 

@@ -22,7 +22,7 @@ from triton.tools.disasm import get_sass
 from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.fused_triton import (
-    BRANCHES,
+    OPTIONS,
     Launch,
     forward_launch,
     input_gradient_launch,
@@ -38,6 +38,7 @@ KINDS = (
     (torch.bfloat16, torch.contiguous_format, 'same'),
 )
 """Dtype, memory format of all maps that are read, and padding."""
+POINTED = {torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float32: '*fp32'}
 
 
 def launches(
@@ -53,12 +54,12 @@ def launches(
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(4)]
     yield 'forward', forward_launch(call, outs[:3])
     yield 'input gradient', input_gradient_launch(call, grads, outs[3])
-    for grad, branch in zip(grads, BRANCHES, strict=True):
+    for grad, branch in zip(grads, ('wide', 'tall'), strict=False):  # the square one's is the wide one's
         yield f'products, {branch}', tap_products_launch(call, grad, branch)[0]
 
 
 def compiled(launch: Launch, capability: int) -> CompiledKernel:
-    """The kernel as it would be compiled at its first start on a GPU of a compute capability, times ten."""
+    """The kernel as it is compiled at its first start on a GPU of a compute capability, which is given times ten."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -66,12 +67,13 @@ def compiled(launch: Launch, capability: int) -> CompiledKernel:
             signature[parameter.name] = 'constexpr'
             constants[parameter.name] = value
             continue
-        tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = f'*{triton.runtime.jit.type_canonicalisation_dict[str(value.dtype)[6:]]}' if tensor else 'i32'
-        if tensor or value % 16 == 0:
+        pointed = POINTED.get(getattr(value, 'dtype', None))
+        signature[parameter.name] = pointed or 'i32'
+        if pointed or value % 16 == 0:
             attributes[index,] = [['tt.divisibility', 16]]
     return triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes), target=GPUTarget('cuda', capability, 32))
+        ASTSource(launch.kernel, signature, constants, attributes), target=GPUTarget('cuda', capability, 32),
+        options=OPTIONS)
 
 
 def facts(kernel: CompiledKernel) -> dict[str, Any]:
@@ -102,16 +104,16 @@ def main() -> None:
     rows = []
     for number, stage in enumerate(STAGES[:1] if args.quick else STAGES, 1):
         for dtype, memory_format, padding in KINDS[:1] if args.quick else KINDS:
+            kind = {
+                'stage': number, 'dtype': str(dtype).removeprefix('torch.'), 'padding': padding,
+                'layout': 'contiguous' if memory_format == torch.contiguous_format else 'channels last'}
             for name, launch in launches(stage, dtype, memory_format, padding):
                 for capability in CAPABILITIES:
-                    row = {
-                        'stage': number, 'kernel': name, 'dtype': str(dtype).removeprefix('torch.'),
-                        'layout': 'contiguous' if memory_format == torch.contiguous_format else 'channels last',
-                        'padding': padding, 'capability': capability, **facts(compiled(launch, capability))}
+                    row = {'kernel': name, **kind, 'capability': capability, **facts(compiled(launch, capability))}
                     if row['spills'] or row['spilled_bytes'] or not row['matrix_instructions']:
-                        raise AssertionError(f'a kernel spills, or has no matrix instructions: {row}')
+                        raise AssertionError(f'It spills registers, or multiplies no matrices: {row}')
                     rows.append(row)
-    show('compiled', list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    show('compiled', [name.replace('_', ' ') for name in rows[0]], [list(map(str, row.values())) for row in rows])
     path = write_csv(args.output, rows, torch.device('cpu'), {'triton': triton.__version__})
     console.print(f'wrote {path}')
 

@@ -5,7 +5,8 @@ results only products for the gradient of the kernels are written, float32: N * 
 or, of maps wider than a tile, N * (M + 95) at most, and the same with rows.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +14,24 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.ops.depthwise.torch_impl import diagonal_sums
 from timm_shiftwise.ops.large_kernels import assemble_centred, merged_sides, small_kernel_gradient
 
 from .call import Branches, Call, Gradients
+from .shift import shift_conv2d, shift_conv2d_backward
 from .triton_kernels import forward_kernel, input_gradient_kernel, tap_products_kernel
 
+LEAST_CAPABILITY = (8, 0)
+"""Of GPUs: from there on they multiply bfloat16 and load asynchronously."""
 BRANCHES = ('wide', 'tall', 'square')
 """In the order of the operator's results."""
-_SMALLEST, _LARGEST = 16, 64
-"""Side of a tile: what matrix instructions take at least, and what the registers of a program hold."""
+_SMALLEST, _LARGEST = 16, {2: 64, 4: 32}
+"""Side of a tile, by bytes of an element: what matrix instructions take at least, and what registers hold."""
+_LINES = 64
+"""Lines of a tile: of a map or of several images' small maps."""
+OPTIONS = {'maxnreg': 168}
+"""Of the compiler, which would rather spill registers than use more than it finds worth it: so 3 programs still fit."""
 _DEPTH = 32
 """Products that are summed at a time, at most; with more of them registers spill."""
 
@@ -43,7 +52,7 @@ class Launch(NamedTuple):
         """Start it on the device where its tensors are."""
         if self.programs:
             with torch.cuda.device(device if device.type == 'cuda' else -1):
-                self.kernel[(self.programs,)](**self.arguments)
+                self.kernel[(self.programs,)](**self.arguments, **OPTIONS)
 
 
 def triton_conv2d(call: Call) -> Branches:
@@ -71,6 +80,41 @@ def triton_conv2d_backward(grads: Branches, call: Call, need_x: bool, need_weigh
     return grad_x, grad_weight
 
 
+@lru_cache
+def fault(device: torch.device, dtype: torch.dtype, kernel_size: int, padding: str) -> str | None:
+    """What is wrong with the kernels on a device, as a clause; None if a small call is computed right there.
+
+    It is found out once in a process, before anything relies on them: a compiler of C may be missing, which Triton
+    needs to start kernels, and nobody would notice one that was compiled wrong.
+    """
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        seen, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY
+        return f'it is made for GPUs of compute capability {least[0]}.{least[1]} and up, not {seen[0]}.{seen[1]}'
+    generator = torch.Generator().manual_seed(0)
+    focus_length, channels = 7, 2
+    groups = num_groups(focus_length, kernel_size)
+    maps = torch.randn(4, 3, channels, 5, 66, generator=generator).to(dtype)  # some tiles side by side
+    weight = torch.randn(channels, groups, kernel_size, kernel_size, generator=generator).to(dtype)
+    wiring = torch.randint(groups, [2, channels, 2 * groups + 1], generator=generator)
+
+    def computed(
+            forward: Callable[..., Branches], backward: Callable[..., Gradients], maps: Tensor, weight: Tensor,
+            wiring: Tensor) -> list[Tensor]:
+        x, *grads = maps
+        call = Call(x, weight, wiring, None, focus_length, padding, 'torch')
+        return [*forward(call), *(grad for grad in backward(grads, call, True, True) if grad is not None)]
+
+    wanted = computed(shift_conv2d, shift_conv2d_backward, maps.double(), weight.double(), wiring)
+    try:
+        found = computed(
+            triton_conv2d, triton_conv2d_backward, maps.to(device), weight.to(device), wiring.to(device))
+        off = max(float((a.cpu().double() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+    except Exception as error:  # noqa: BLE001  (whatever a compiler or a driver raises)
+        return f'it fails on {device}: {type(error).__name__}, {" ".join(str(error).split())[:200]}'
+    most = 8 * (2 ** -10 if _precision() == 'tf32' else torch.finfo(dtype).eps)
+    return None if off <= most else f'it is wrong on {device}: off by {off:.1g} where rounding is at most {most:.1g}'
+
+
 def forward_launch(call: Call, outs: Sequence[Tensor]) -> Launch:
     """What computes the three branches into contiguous maps."""
     return _launch(forward_kernel, call, call.x, {'x': call.x}, outs, 'out', 3)
@@ -87,9 +131,9 @@ def _launch(
     """A launch of so many programs for each tile, which read maps laid out like one of them."""
     batch, channels, height, width = call.x.shape
     wide, tall, square = assemble_centred(call.weight, call.wiring, call.focus_length, height, width)
-    block_height, block_width = _side(height), _side(width)
+    block_height, block_width = _side(height, read), _side(width, read)
     depth = min(_DEPTH, block_height, block_width)
-    images = _LARGEST // max(block_height, block_width)
+    images = _LINES // max(block_height, block_width)
     zeros = max(block_height, block_width) + depth
     tiles = triton.cdiv(batch, images) * triton.cdiv(height, block_height) * triton.cdiv(width, block_width)
     return Launch(kernel, programs * tiles * channels, dict(
@@ -106,7 +150,7 @@ def tap_products_launch(call: Call, grad: Tensor, branch: str) -> tuple[Launch, 
     x, size = call.x, call.weight.shape[2]
     batch, channels, height, width = x.shape
     lines, columns = (width, height) if branch == 'tall' else (height, width)
-    block_lines, block_columns = min(_side(lines), _DEPTH), _side(columns)
+    block_lines, block_columns = min(_side(lines, x), _DEPTH), _side(columns, x)
     reach = size // 2 if branch == 'square' else min(merged_sides(call.focus_length, size)[0] // 2, columns - 1)
     tiles = triton.cdiv(columns, block_columns)
     lead = 0 if tiles == 1 else triton.cdiv(reach, 16) * 16  # what is left of a tile; a multiple keeps it aligned
@@ -129,8 +173,8 @@ def _tap_gradient(call: Call, grad: Tensor, branch: str) -> Tensor:
     return diagonal_sums(products, diagonals.start, len(diagonals)).sum(2)
 
 
-def _side(length: int) -> int:
-    return min(max(triton.next_power_of_2(length), _SMALLEST), _LARGEST)
+def _side(length: int, read: Tensor) -> int:
+    return min(max(triton.next_power_of_2(length), _SMALLEST), _LARGEST[read.element_size()])
 
 
 def _strides(name: str, read: Tensor) -> dict[str, int]:
@@ -142,9 +186,14 @@ def _alignment(*read: Tensor) -> int:
     return math.gcd(8, *(number for each in read for number in (each.shape[3], *each.stride()[:3])))
 
 
+def _precision() -> str:
+    """How float32 is multiplied: as in PyTorch's own matrix products."""
+    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee'
+
+
 def _settings(call: Call) -> dict[str, Any]:
     size = call.weight.shape[2]
     return dict(
         rows=2 * (size // 2) + 1, focus_length=call.focus_length, size=size, same=call.padding == 'same',
-        precision='tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee',
+        precision=_precision(),
         upcast=triton.knobs.runtime.interpret)  # Triton's interpreter multiplies the bits of bfloat16

@@ -6,7 +6,7 @@ Toeplitz matrices,
 
     out[line, j] = sum_n sum_i x[line + n - rows // 2, i] * T_n[i, j],   T_n[i, j] = taps[n, i - j + reach],
 
-which are built on the fly, from taps that have zeros before and behind, so that none is out of bounds. Sums are float32.
+which are built on the fly, of taps that have zeros before and behind, so that none is out of bounds. Sums are float32.
 """
 import triton
 import triton.language as tl
@@ -22,8 +22,7 @@ def _kept(offset, position, columns, focus_length: tl.constexpr, size: tl.conste
 @triton.jit
 def _tile(
         program, channels, height, width, images: tl.constexpr, block_height: tl.constexpr, block_width: tl.constexpr):
-    """Channel, first image, row and column; of neighbours only the channel differs: with channels last they lie side by
-    side."""
+    """Channel, first image, row and column; neighbours differ by the channel: some layouts have these side by side."""
     across = tl.cdiv(width, block_width)
     down = tl.cdiv(height, block_height)
     tile = program // channels
@@ -116,8 +115,8 @@ def forward_kernel(
     elif branch == 1:
         sums = _convolved(
             x, tall, channel, image, column, row, batch, width, height, stride_image, stride_channel, stride_column,
-            stride_row, reach_tall, rows, zeros, focus_length, size, same, False, upcast, precision, images, block_width,
-            block_height, depth)
+            stride_row, reach_tall, rows, zeros, focus_length, size, same, False, upcast, precision, images,
+            block_width, block_height, depth)
         _store(
             out_tall, sums, channel, image, column, row, batch, channels, width, height, 1, width, images, block_width,
             block_height)
@@ -127,8 +126,8 @@ def forward_kernel(
             stride_column, rows // 2, rows, zeros, focus_length, size, False, False, upcast, precision, images,
             block_height, block_width, depth)
         _store(
-            out_square, sums, channel, image, row, column, batch, channels, height, width, width, 1, images, block_height,
-            block_width)
+            out_square, sums, channel, image, row, column, batch, channels, height, width, width, 1, images,
+            block_height, block_width)
 
 
 @triton.jit
