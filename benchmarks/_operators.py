@@ -79,11 +79,12 @@ class Operator:
         layer: Says which groups, and where.
         batch: Images.
         side: H and W of the map.
+        dtype: Of map and kernels.
     """
 
-    def __init__(self, layer: ShiftwiseConv2d, batch: int, side: int) -> None:
-        self.x = noise(batch, layer.num_worked, side, side, device=layer.kernels.device)
-        self.weight = layer.kernels.detach().sum(0)
+    def __init__(self, layer: ShiftwiseConv2d, batch: int, side: int, dtype: torch.dtype = torch.float32) -> None:
+        self.x = noise(batch, layer.num_worked, side, side, device=layer.kernels.device).to(dtype)
+        self.weight = layer.kernels.detach().sum(0).to(dtype)
         self.mask = layer.group_mask
         self.wiring = layer.wiring
         self.focus_length = layer.focus_length
@@ -108,7 +109,7 @@ class Operator:
                 x, weight, self.wiring[:, chosen].contiguous(), self.focus_length, 'full', self.mask[chosen])
             grads = torch.autograd.grad(wanted, [x, weight], [grad[:, chosen].double() for grad in self.call.grads])
         seen = *(branch.detach()[:, chosen] for branch in branches), grad_x[:, chosen], grad_weight[chosen]
-        check_close(seen, [*wanted, *grads], what)
+        check_close(seen, [*wanted, *grads], what, 3e-2 if self.x.dtype == torch.bfloat16 else 1e-4)
 
 
 def merged_layer(layer: ShiftwiseConv2d) -> MergedConv2d:

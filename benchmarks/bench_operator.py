@@ -58,11 +58,14 @@ from timm_shiftwise.ops.backend import explain_backend
 
 DENSITIES = (1.0, 0.6, 0.3, 0.1)
 PAIR, SEVEN, SLAK_LAYER = "SLaK's pair", "ConvNeXt's 7 x 7", "SLaK's whole layer"
-FORCED = ('shift', 'merged', 'fused')
+FORCED = ('shift', 'merged', 'toeplitz', 'fused')
 CHOSEN, INFERENCE, LAYER = 'chosen way', 'inference form', 'whole layer'
-ALL, LAST = ', all channels', ', channels last'
+ALL, LAST, HALF = ', all channels', ', channels last', ', bfloat16'
+IN_HALF = ('merged', 'toeplitz')
 BASELINES = (PAIR, PAIR + LAST, SEVEN, SEVEN + LAST, SLAK_LAYER, SLAK_LAYER + LAST)
-NAMES = (*FORCED, CHOSEN, CHOSEN + ALL, INFERENCE, INFERENCE + ALL, INFERENCE + LAST, LAYER, LAYER + LAST)
+NAMES = (
+    *FORCED, CHOSEN, *(name + HALF for name in (*IN_HALF, CHOSEN)), CHOSEN + ALL, INFERENCE, INFERENCE + ALL,
+    INFERENCE + LAST, LAYER, LAYER + LAST)
 
 # times faster than SLaK's pair, by stage
 FORWARD_DENSE = (6, 12, 15, 7)
@@ -100,7 +103,7 @@ class Case:
 def ways(device: torch.device) -> tuple[str, ...]:
     """The ways that can be forced there."""
     fused = device.type == 'cpu' and explain_backend('auto', device).backend == 'taichi'
-    return FORCED if fused else FORCED[:2]
+    return FORCED if fused else FORCED[:-1]
 
 
 def both_phases(name: str, density: float | None, call: Call, known: tuple[Tensor, ...], way: str = '') -> list[Case]:
@@ -123,13 +126,16 @@ def operator_cases(
         batch: int,
         side: int,
         forcible: tuple[str, ...] = (),
+        dtype: torch.dtype = torch.float32,
 ) -> list[Case]:
     """The training form, in ways that are forced and as it chooses, checked."""
-    operator = Operator(layer, batch, side)
+    operator = Operator(layer, batch, side, dtype)
+    suffix = HALF if dtype == torch.bfloat16 else ''
     cases = []
     for way in (*forcible, ''):
-        under(way, partial(operator.check, f'{way or name}, density {density}'))
-        cases += both_phases(way or name, density, operator.call, (operator.mask, operator.wiring), way)
+        what = (way or name) + suffix
+        under(way, partial(operator.check, f'{what}, density {density}'))
+        cases += both_phases(what, density, operator.call, (operator.mask, operator.wiring), way)
     return cases
 
 
@@ -168,6 +174,8 @@ def all_cases(stage: int, kernel_size: int, batch: int, device: torch.device) ->
     for density in densities(stage):
         layer = shiftwise_layer(dim, focus_length, kernel_size, density, device)
         cases += operator_cases(CHOSEN, layer, density, batch, side, ways(device))
+        if density == 1:
+            cases += operator_cases(CHOSEN, layer, density, batch, side, IN_HALF, torch.bfloat16)
         cases.append(inference_case(INFERENCE, layer, density, x))
         if density in (1, TRAINED[stage]):
             cases.append(inference_case(INFERENCE + LAST, layer, density, last))
@@ -269,7 +277,7 @@ def targets(results: Results) -> list[Target]:
                     training(stage=stage, what=SLAK_LAYER + suffix) / training(what=LAYER + suffix, **at_share))
                 for suffix in ('', LAST)]
     found += chooser_targets(results)
-    for name, bounded in ((CHOSEN, 'at most'), (LAYER, ''), (SLAK_LAYER, '')):
+    for name, bounded in ((CHOSEN, 'at most'), ('toeplitz', ''), (LAYER, ''), (SLAK_LAYER, '')):
         for row in results.all(what=name, kernel_size=5, phase=PHASES[1]):
             if row['density'] in (None, 1.) or row['trained_like']:
                 where = f'stage {row["stage"]}' + (f', density {row["density"]}' if row['density'] else '')

@@ -36,7 +36,7 @@ def meta(*shape: int, **kwargs) -> torch.Tensor:
 def test_a_step_takes_what_was_worked_out_by_hand(on):
     estimate = estimate_model(timm.create_model('sw_tiny', device='meta'), on)
     assert estimate.baseline.step_ms == pytest.approx({'a100': 100, 'h100': 55}[on], rel=.25)
-    assert 1.1 < estimate.ours.step_ms / estimate.baseline.step_ms < 1.5
+    assert estimate.ours.step_ms / estimate.baseline.step_ms == pytest.approx(1.3, abs=.05)  # as docs/gpu.md says
     assert all(stage.way == 'toeplitz' for stage in estimate.stages)
     for way, wanted in BY_HAND[on].items():
         seen = [stage.ways_ms[way] / stage.layers for stage in estimate.stages]

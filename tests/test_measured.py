@@ -8,6 +8,7 @@ import torch
 from families import assert_all_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from timm_shiftwise.cli import main
 from timm_shiftwise.layers import ShiftwiseConv2d, merged
 from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.ops import measured, shiftwise_conv2d
@@ -311,3 +312,24 @@ def test_the_merged_form_is_the_fastest_and_all_are_equal(form, monkeypatch):
 def test_a_profile_says_that_a_way_was_timed(timed):
     timed(channels_last=1.)
     assert {stage.way.name for stage in profile_model('test_sw').stages} == {'channels_last'}
+
+
+def test_the_command_reads_choices_from_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / 'choices.json'))
+    choices = Choices(own_time)
+    choices.fastest(LAYER, SIZE, CPU, lambda: {'toeplitz, block 4': lambda: .25, 'merged': lambda: 2.})
+    choices.fastest(LAYER, Size(99, 8, 8), CPU, lambda: {'merged': out_of_memory})
+    for argv in ([], ['--format', 'json']):
+        monkeypatch.setattr(measured, 'CHOICES', Choices(own_time))
+        assert main(['profile', 'test_sw', *argv]) == 0
+        shown = capsys.readouterr().out
+        if argv:
+            assert json.loads(shown)['timed_ways'] == choices.records()
+        else:
+            first, second = (' '.join(line.split()) for line in shown.splitlines() if 'a device' in line)
+            assert first == 'forward a device float32 full 2 x 3 x 8 x 8 9 3 toeplitz, block 4 0.250 2.000'
+            assert second.endswith('99 x 3 x 8 x 8 9 3 no memory')
+    (tmp_path / 'choices.json').write_text('nothing')
+    monkeypatch.setattr(measured, 'CHOICES', Choices(own_time))
+    assert main(['profile', 'test_sw']) == 2
+    assert 'choices.json' in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, registered_families
+from families import FAMILIES, registered_families, unsettle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
@@ -15,12 +15,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_shiftwise.layers import ShiftwiseConv2d
+from timm_shiftwise.layers.merged import _as_products
+from timm_shiftwise.layers.wiring import released_wiring
 from timm_shiftwise.ops.depthwise import toeplitz
 from timm_shiftwise.ops.depthwise.toeplitz import Kernels, convolve, kernel_gradients, tall_wide_conv2d
 from timm_shiftwise.ops.shiftwise_conv import frontend
 from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.toeplitz import toeplitz_conv2d, toeplitz_conv2d_backward
-from timm_shiftwise.ops.shiftwise_conv.ways import choose_way
+from timm_shiftwise.ops.shiftwise_conv.ways import WAYS, choose_way
 
 EXACT = 1e-10
 
@@ -121,6 +124,15 @@ def test_a_tall_and_a_wide_convolution_are_added(height, width, memory_format):
     torch.library.opcheck(tall_wide_conv2d, (x, tall, wide))
 
 
+@pytest.mark.parametrize('ghost_ratio', [0., .4])
+def test_a_merged_layer_as_products_is_the_layer(ghost_ratio):
+    layer = unsettle(ShiftwiseConv2d(10, 13, 3, ghost_ratio=ghost_ratio, dtype=torch.float64)).eval().fuse()
+    x = torch.randn(2, 10, 9, 14, dtype=torch.float64)
+    with torch.no_grad():
+        seen = _as_products(x, layer.tall.weight, layer.tall.bias, layer.wide.weight, layer.num_worked)
+        assert_close([seen], [layer(x)], EXACT)
+
+
 @pairwise({
     'padding': ['full', 'same'],
     'batch, side, focus_length': [(16, 14, 47), (4, 28, 49), (1, 100, 11), (32, 7, 13)],
@@ -169,8 +181,8 @@ class Trace(TorchDispatchMode):
             self.run(frontend._shiftwise_conv2d_backward, gradient, (*branches, *args, True, True), 90)
             return branches
         assert not name.startswith('timm_shiftwise::'), 'an operator that this does not know'
-        views = [returned for returned in func._schema.returns if returned.alias_info and not returned.alias_info.is_write]
-        if name.startswith('aten::') and not views and name != 'aten::promote_types':
+        is_view = any(made.alias_info and not made.alias_info.is_write for made in func._schema.returns)
+        if name.startswith('aten::') and not is_view and name != 'aten::promote_types':  # which is no call on tensors
             self.calls[name] += 1
         return func(*args, **kwargs or {})
 
@@ -232,3 +244,22 @@ def test_a_network_on_cuda_waits_for_nothing_and_makes_few_calls(
         assert not trace.seen, 'it trains with the convolutions of PyTorch'
     else:
         assert trace.seen == ['shiftwise_conv2d', 'shiftwise_conv2d_backward'] * 4
+
+
+def test_a_merged_network_on_cuda_that_is_differentiated_takes_pytorchs_convolutions():
+    model = timm.create_model('sw_tiny', depths=(1, 1, 1, 1), reparameterized=True, device='meta').eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), Trace([]) as trace:
+        out = model.to_empty(device='cuda')(torch.empty(2, 3, 64, 64, device='cuda'))
+    assert out.requires_grad and not trace.seen
+
+
+@pytest.mark.parametrize('channels, side, focus_length', [(74, 56, 51), (148, 28, 49), (296, 14, 47), (592, 7, 13)])
+def test_the_merged_way_makes_its_kernels_gradients_in_few_pieces_on_cuda(channels, side, focus_length):
+    wiring = released_wiring('sw', channels, focus_length, 5, 4)
+    with FakeTensorMode(), Trace([]) as trace:
+        x = torch.empty(128, channels, side, side, device='cuda', dtype=torch.bfloat16)
+        weight = torch.empty(channels, wiring.shape[2] // 2, 5, 5, device='cuda', dtype=torch.bfloat16)
+        call = Call(x, weight, torch.empty(wiring.shape, dtype=wiring.dtype, device='cuda'), None, focus_length)
+        trace.calls.clear()
+        WAYS['merged'].backward((x, x, x), call, True, True)
+    assert trace.calls.total() <= 90, trace.calls

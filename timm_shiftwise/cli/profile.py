@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Count, time if asked for, and print."""
     import torch
 
+    from ..ops.measured import CHOICES
     from ..profile import profile_model
     from ..profile.estimate import estimate_model
     from ..profile.timing import DENSITIES, time_operators
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         estimate = None if args.on is None else estimate_model(
             network, args.on, batch_size=128 if args.batch_size is None else args.batch_size,
             dtype=args.dtype or 'bfloat16', img_size=args.img_size)
+        timed_ways = CHOICES.records()
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     setting = {
@@ -103,12 +105,13 @@ def run(args: argparse.Namespace) -> int:
     if args.format == 'json':
         timed = {'times': {**setting, 'stages': [dataclasses.asdict(stage) for stage in times]}} if times else {}
         estimated = {'estimated': dataclasses.asdict(estimate)} if estimate else {}
-        print_json({**profile.to_dict(), **timed, **estimated})
+        print_json({**profile.to_dict(), 'timed_ways': timed_ways, **timed, **estimated})
     elif args.format == 'csv':
         print_csv(_rows(profile, times, estimate))
     else:
         print_sections(
             _summary(profile, source), _depthwise_section(profile), _whole_section(profile), _way_section(profile),
+            *([_timed_ways_section(timed_ways)] if timed_ways else []),
             *([_time_section(times, setting)] if times else []),
             *([_estimate_section(profile, estimate)] if estimate else []))
     return 0
@@ -210,6 +213,19 @@ def _way_section(profile: 'NetworkProfile') -> list[Table | str]:
     for stage in profile.stages:
         table.add_row(str(stage.stage), stage.way.name, escape(stage.way.reason))
     return ['[bold]How the operators run at inference[/]', table]
+
+
+def _timed_ways_section(records: list[dict[str, Any]]) -> list[Table | str]:
+    """The choices that were timed, by this process or by the one that wrote the file which the environment names."""
+    table = _table('direction', 'device', 'dtype', 'padding', 'B x C x H x W', 'M', 'N', 'fastest', 'ms', 'slowest, ms')
+    for record in records:
+        taken = record['milliseconds'].values()
+        fastest = (record['way'], f'{min(taken):.3f}', f'{max(taken):.3f}') if taken else ('no memory', '', '')
+        table.add_row(
+            *(record[name] for name in ('direction', 'device', 'dtype', 'padding')),
+            ' x '.join(str(record[name]) for name in ('batch', 'channels', 'height', 'width')),
+            str(record['focus_length']), str(record['kernel_size']), *fastest)
+    return ['[bold]Ways that were timed[/] (in training, and merged)', table]
 
 
 def _time_section(times: 'list[StageTime]', setting: dict[str, Any]) -> list[Table | str]:

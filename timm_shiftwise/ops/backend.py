@@ -1,8 +1,8 @@
 """Which implementation of an operator runs, and why.
 
-Every operator has an implementation in plain PyTorch, its definition, and one in Taichi. On the CPU Taichi runs wherever
-it can, unless the ``backend`` argument of a call or the environment variable ``TIMM_SHIFTWISE_BACKEND`` says otherwise;
-on other devices it runs only where one of these asks for it.
+Every operator has an implementation in plain PyTorch, its definition, and one in Taichi. On the CPU Taichi runs
+wherever it can, unless the ``backend`` argument of a call or the environment variable ``TIMM_SHIFTWISE_BACKEND`` says
+otherwise; on other devices it runs only where one of these asks for it.
 """
 import logging
 import os

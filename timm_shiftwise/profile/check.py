@@ -91,10 +91,23 @@ def check_device(setting: Setting) -> Iterator[Finding]:
 
 def _found(section: str, what: str, look: Callable[[], tuple[bool | None, str]]) -> Finding:
     try:
-        return Finding(section, what, *look())
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # that of the CPU alone
+            return Finding(section, what, *look())
     except Exception as error:  # noqa: BLE001  (whatever is raised is what was found)
         told = ' '.join(str(error).split())
         return Finding(section, what, False, f'{type(error).__name__}: {told[:300]}')
+
+
+@contextmanager
+def _cudnn(name: str, value: bool) -> Iterator[None]:
+    """Set a flag of ``torch.backends.cudnn`` for a while."""
+    was = getattr(torch.backends.cudnn, name)
+    setattr(torch.backends.cudnn, name, value)
+    try:
+        yield
+    finally:
+        setattr(torch.backends.cudnn, name, was)
 
 
 def _machine(setting: Setting) -> Iterator[Finding]:
@@ -189,11 +202,13 @@ def _compare(
         mask = mask.to(device)
         call = reference._replace(x=x, weight=weight, wiring=reference.wiring.to(device), mask=mask)
         obstacle = way.obstacle(call)
-        if obstacle is None:
+        if obstacle is not None:
+            continue
+        with _cudnn('allow_tf32', False):
             grad_x, grad_weight = way.backward((grads[0], grads[1], grads[2]), call, True, True)
             assert grad_x is not None and grad_weight is not None
             seen = *way.forward(call), grad_x, _of_kept(grad_weight, mask)
-            errors[geometry] = max(map(_error, seen, results))
+        errors[geometry] = max(map(_error, seen, results))
     if not errors:
         return None, f'does not run here: {obstacle}'
     worst = max(errors, key=errors.__getitem__)
@@ -209,9 +224,7 @@ def _error(seen: Tensor, wanted: Tensor) -> float:
 
 def _network(name: str, device: torch.device) -> nn.Module:
     """A network whose blocks matter, though it was never trained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, num_classes=10)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith('gamma'):
@@ -266,20 +279,9 @@ def _networks(setting: Setting) -> Iterator[Finding]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = 'float32' if dtype == torch.float32 else f'autocast to {str(dtype).removeprefix("torch.")}'
         yield _found('networks', f'training step, {name}', partial(trains, dtype))
-    yield _found('networks', f'compiled by {backend}', partial(near, partial(torch.compile, backend=backend)))
+    yield _found('networks', f'network, compiled by {backend}', partial(near, partial(torch.compile, backend=backend)))
     yield _found('networks', f'training step, compiled by {backend}', compiled_trains)
-    yield _found('networks', 'merged', partial(near, lambda model: reparameterize_model(model)))
-
-
-@contextmanager
-def _benchmark() -> Iterator[None]:
-    """As timm's scripts have it, which is what has choices measured."""
-    was = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = was
+    yield _found('networks', 'network, merged', partial(near, lambda model: reparameterize_model(model)))
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -292,7 +294,7 @@ def _speed(setting: Setting) -> Iterator[Finding]:
     names = setting.model, BASELINE
 
     def timed(calls: list[Callable[[], Any]]) -> tuple[None, str]:
-        with _benchmark():
+        with _cudnn('benchmark', True):  # as timm's scripts have it, which is what has choices timed
             times = time_calls(calls, device, 3 if setting.quick else 20)
             peaks = [_peak(call, device) for call in calls]
         ours, baseline = map(statistics.median, times)
@@ -320,12 +322,13 @@ def _speed(setting: Setting) -> Iterator[Finding]:
 
 
 def _peak(call: Callable[[], Any], device: torch.device) -> str:
-    """The most memory that a call allocates, what was there before it included, for people; empty where unknown."""
+    """The most memory that a call allocates beside what was there before, for people; empty where unknown."""
     if device.type != 'cuda':
         return ''
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
-    return f' (peak {torch.cuda.max_memory_allocated(device) / 2 ** 20:,.0f} MiB)'
+    return f' (peak {(torch.cuda.max_memory_allocated(device) - before) / 2 ** 20:,.0f} MiB)'
 
 
 def _chosen(setting: Setting) -> Iterator[Finding]:
@@ -335,11 +338,11 @@ def _chosen(setting: Setting) -> Iterator[Finding]:
     def way_of(operator: ShiftwiseConv2d, height: int, width: int, backward: bool) -> tuple[None, str]:
         x = torch.zeros(
             setting.batch_size, operator.num_worked, height, width, device=device, dtype=_dtype(device))
-        with _benchmark():
+        with _cudnn('benchmark', True):
             choice = choose_way(call_of(operator, x), backward)
         return None, f'{choice.way.name}: {choice.reason}'
 
-    model = check_network(timm.create_model(setting.model))
+    model = check_network(timm.create_model(setting.model, device='meta'))
     for blocks, stage in zip(stage_blocks(model), profile_model(model).stages, strict=True):
         operator = block_operator(blocks[0])
         if isinstance(operator, ShiftwiseConv2d):

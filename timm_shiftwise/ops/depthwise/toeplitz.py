@@ -104,19 +104,23 @@ def convolve(
         block: Rows of the output that a product makes at a time; None for :func:`default_block`.
         add: Whether to add to what ``outs`` hold.
     """
-    batch, channels, height, width = inputs[0].shape
-    layout = _layout(height, width, [each for row in kernels for each in row], block)
+    layout = _layout(inputs[0].shape[2], inputs[0].shape[3], [each for row in kernels for each in row], block)
     for part in _parts(inputs[0], layout, len(inputs), len(outs)):
-        product = torch.bmm(
-            _windows([x[:, part] for x in inputs], layout), _toeplitz(kernels, part, layout, inputs[0].dtype))
-        product = product.view(
-            part.stop - part.start, layout.tiles, batch, layout.blocks * layout.block, len(outs), layout.tile)
-        for out, rows in zip(outs, product.unbind(4), strict=True):
-            here = rows.permute(2, 0, 3, 1, 4)[:, :, :height].flatten(3)[..., :width]  # [B, C, H, W]
-            if add:
-                out[:, part].add_(here)
-            else:
-                out[:, part].copy_(here)
+        _convolve_part([x[:, part] for x in inputs], kernels, [out[:, part] for out in outs], part, layout, add)
+
+
+def _convolve_part(
+        inputs: Sequence[Tensor], kernels: Sequence[Sequence[Kernels]], outs: Sequence[Tensor], part: slice,
+        layout: _Layout, add: bool) -> None:
+    product = torch.bmm(_windows(inputs, layout), _toeplitz(kernels, part, layout, inputs[0].dtype))
+    batch, channels, height, width = inputs[0].shape
+    product = product.view(channels, layout.tiles, batch, layout.blocks * layout.block, len(outs), layout.tile)
+    for out, rows in zip(outs, product.unbind(4), strict=True):
+        here = rows.permute(2, 0, 3, 1, 4)[:, :, :height].flatten(3)[..., :width]  # [B, C, H, W]
+        if add:
+            out.add_(here)
+        else:
+            out.copy_(here)
 
 
 def kernel_gradients(
@@ -134,8 +138,7 @@ def kernel_gradients(
     """
     layout = _layout(x.shape[2], x.shape[3], kernels, block)
     found = [
-        _kernel_gradients_of(
-            x[:, part], [grad[:, part] for grad in grads], kernels, layout)
+        _kernel_gradients_of(x[:, part], [grad[:, part] for grad in grads], kernels, layout)
         for part in _parts(x, layout, 1, len(grads))]
     return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
 
@@ -202,7 +205,7 @@ def _aligned(columns: int) -> int:
 
 def _parts(x: Tensor, layout: _Layout, inputs: int, outputs: int) -> Iterator[slice]:
     """Channels that are worked on at a time, so that temporary memory stays bounded."""
-    batch, channels, height, width = x.shape
+    batch, channels, *_ = x.shape
     rows = layout.block + layout.rows - 1
     maps = batch * layout.blocks * layout.tiles
     planes = batch * (layout.blocks * layout.block + rows) * ((layout.tiles - 1) * layout.tile + layout.seen)
@@ -225,9 +228,11 @@ def _windows(maps: Sequence[Tensor], layout: _Layout) -> Tensor:
     right = (layout.tiles - 1) * layout.tile + layout.seen - layout.before - width
     below = (layout.blocks - 1) * layout.block + rows - layout.row - height
     for to, x in zip(out.unbind(5), maps, strict=True):
-        planes = F.pad(x.transpose(0, 1), [layout.before, right, layout.row, below])
-        seen = planes.unfold(2, rows, layout.block).unfold(3, layout.seen, layout.tile)
-        to.copy_(seen.permute(0, 3, 1, 2, 4, 5))
+        # in one expression, so that the padded planes of one map are gone before those of the next are made
+        to.copy_(
+            F.pad(x.transpose(0, 1), [layout.before, right, layout.row, below])
+            .unfold(2, rows, layout.block).unfold(3, layout.seen, layout.tile)  # [C, B, blocks, tiles, rows, seen]
+            .permute(0, 3, 1, 2, 4, 5))
     products = layout.tiles // layout.matrices * batch * layout.blocks
     return out.view(channels * layout.matrices, products, rows * len(maps) * layout.seen)
 
@@ -255,8 +260,10 @@ def _toeplitz(
 
 
 def _at_rows(matrix: Tensor, layout: _Layout) -> Tensor:
-    """Where a matrix [C, matrices, rows seen, seen, block, ...] has the kernels' rows: [C, matrices, seen, ..., rows,
-    block]; row y of a block reads as many rows as a kernel has from the y-th seen on."""
+    """A view of where matrices [C, matrices, rows seen, seen, block, ...] have the rows of the kernels.
+
+    Row y of a block meets them in the rows seen from the y-th on: [C, matrices, seen, ..., rows of the kernels, block].
+    """
     return matrix.unfold(2, layout.rows, 1).diagonal(0, 2, 4)
 
 

@@ -4,7 +4,6 @@ Source: Shift-ConvNets (arXiv 2401.12736), Eq. 1-3, read backwards. With ``paddi
 dropped at the border, which a convolution cannot do and a matrix can.
 """
 import torch
-from torch import Tensor
 
 from timm_shiftwise.ops.depthwise.toeplitz import Kernels, convolve, kernel_gradients
 from timm_shiftwise.ops.large_kernels import assemble_kernels, assembled_gradient
