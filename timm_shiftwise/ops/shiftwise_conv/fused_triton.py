@@ -30,8 +30,8 @@ _SMALLEST, _LARGEST = 16, {2: 64, 4: 32}
 """Side of a tile, by bytes of an element: what matrix instructions take at least, and what registers hold."""
 _LINES = 64
 """Lines of a tile: of a map or of several images' small maps."""
-OPTIONS = {'maxnreg': 168}
-"""Of the compiler, which left alone spills a few registers to fit in more programs; with 168 three still do."""
+OPTIONS = {'maxnreg': 255}
+"""Of the compiler: all registers that there are, for left alone it spills a few so that more programs fit."""
 _DEPTH = 32
 """Products that are summed at a time, at most; with more of them registers spill."""
 

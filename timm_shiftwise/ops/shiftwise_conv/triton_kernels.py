@@ -33,11 +33,11 @@ def _tile(
 
 @triton.jit
 def _convolved(
-        x, taps, channel, image, first_line, first_column, batch, lines, columns, stride_image, stride_channel,
+        sums, x, taps, channel, image, first_line, first_column, batch, lines, columns, stride_image, stride_channel,
         stride_line, stride_column, reach, rows: tl.constexpr, zeros: tl.constexpr, focus_length: tl.constexpr,
         size: tl.constexpr, same: tl.constexpr, turned: tl.constexpr, upcast: tl.constexpr, precision: tl.constexpr,
         images: tl.constexpr, block_lines: tl.constexpr, block_columns: tl.constexpr, depth: tl.constexpr):
-    """A tile [images * block_lines, block_columns] of a convolution or, of turned taps, of its input's gradient."""
+    """Add to a tile [images * block_lines, block_columns] a convolution or, of turned taps, its input's gradient."""
     length = 2 * (reach + zeros) + 1
     taps += channel * rows * length + reach + zeros
     x += image.to(tl.int64) * stride_image + channel.to(tl.int64) * stride_channel
@@ -47,7 +47,6 @@ def _convolved(
     lies = number // block_lines * stride_image
     first = tl.maximum(first_column - reach, 0) // depth
     blocks = tl.cdiv(tl.minimum(first_column + block_columns + reach, columns), depth) - first
-    sums = tl.zeros([images * block_lines, block_columns], tl.float32)
     for step in range(rows * blocks):
         n = step // blocks
         i = (first + step % blocks) * depth + tl.arange(0, depth)
@@ -105,26 +104,29 @@ def forward_kernel(
     program = program // channels // 3 * channels + program % channels
     channel, image, row, column = _tile(program, channels, height, width, images, block_height, block_width)
     if branch == 0:
+        sums = tl.zeros([images * block_height, block_width], tl.float32)
         sums = _convolved(
-            x, wide, channel, image, row, column, batch, height, width, stride_image, stride_channel, stride_row,
+            sums, x, wide, channel, image, row, column, batch, height, width, stride_image, stride_channel, stride_row,
             stride_column, reach_wide, rows, zeros, focus_length, size, same, False, upcast, precision, images,
             block_height, block_width, depth)
         _store(
             out_wide, sums, channel, image, row, column, batch, channels, height, width, width, 1, images, block_height,
             block_width)
     elif branch == 1:
-        sums = _convolved(
-            x, tall, channel, image, column, row, batch, width, height, stride_image, stride_channel, stride_column,
-            stride_row, reach_tall, rows, zeros, focus_length, size, same, False, upcast, precision, images,
-            block_width, block_height, depth)
+        turned = tl.zeros([images * block_width, block_height], tl.float32)
+        turned = _convolved(
+            turned, x, tall, channel, image, column, row, batch, width, height, stride_image, stride_channel,
+            stride_column, stride_row, reach_tall, rows, zeros, focus_length, size, same, False, upcast, precision,
+            images, block_width, block_height, depth)
         _store(
-            out_tall, sums, channel, image, column, row, batch, channels, width, height, 1, width, images, block_width,
-            block_height)
+            out_tall, turned, channel, image, column, row, batch, channels, width, height, 1, width, images,
+            block_width, block_height)
     else:
+        sums = tl.zeros([images * block_height, block_width], tl.float32)
         sums = _convolved(
-            x, square, channel, image, row, column, batch, height, width, stride_image, stride_channel, stride_row,
-            stride_column, rows // 2, rows, zeros, focus_length, size, False, False, upcast, precision, images,
-            block_height, block_width, depth)
+            sums, x, square, channel, image, row, column, batch, height, width, stride_image, stride_channel,
+            stride_row, stride_column, rows // 2, rows, zeros, focus_length, size, False, False, upcast, precision,
+            images, block_height, block_width, depth)
         _store(
             out_square, sums, channel, image, row, column, batch, channels, height, width, width, 1, images,
             block_height, block_width)
@@ -140,19 +142,21 @@ def input_gradient_kernel(
     """The gradient of the input: what comes from the three branches, added in float32."""
     width, stride_row = width // align * align, stride_row // align * align
     stride_image, stride_channel = stride_image // align * align, stride_channel // align * align
-    channel, image, row, column = _tile(tl.program_id(0), channels, height, width, images, block_height, block_width)
+    channel, image, row, column = _tile(
+        tl.program_id(0), channels, height, width, images, block_height, block_width)
+    sums = tl.zeros([images * block_width, block_height], tl.float32)
     sums = _convolved(
-        grad_tall, tall, channel, image, column, row, batch, width, height, stride_image, stride_channel, stride_column,
-        stride_row, reach_tall, rows, zeros, focus_length, size, same, True, upcast, precision, images, block_width,
-        block_height, depth)
+        sums, grad_tall, tall, channel, image, column, row, batch, width, height, stride_image, stride_channel,
+        stride_column, stride_row, reach_tall, rows, zeros, focus_length, size, same, True, upcast, precision, images,
+        block_width, block_height, depth)
     sums = tl.reshape(sums, [images, block_width, block_height])
     sums = tl.reshape(tl.permute(sums, [0, 2, 1]), [images * block_height, block_width])
-    sums += _convolved(
-        grad_wide, wide, channel, image, row, column, batch, height, width, stride_image, stride_channel, stride_row,
-        stride_column, reach_wide, rows, zeros, focus_length, size, same, True, upcast, precision, images,
+    sums = _convolved(
+        sums, grad_wide, wide, channel, image, row, column, batch, height, width, stride_image, stride_channel,
+        stride_row, stride_column, reach_wide, rows, zeros, focus_length, size, same, True, upcast, precision, images,
         block_height, block_width, depth)
-    sums += _convolved(
-        grad_square, square, channel, image, row, column, batch, height, width, stride_image, stride_channel,
+    sums = _convolved(
+        sums, grad_square, square, channel, image, row, column, batch, height, width, stride_image, stride_channel,
         stride_row, stride_column, rows // 2, rows, zeros, focus_length, size, False, True, upcast, precision, images,
         block_height, block_width, depth)
     _store(
