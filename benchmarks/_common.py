@@ -305,7 +305,7 @@ def write_results(
         **settings: What is written into every row beside the options.
     """
     settings = {'dtype': 'float32', **settings, 'seconds': args.seconds, 'allocator': args.allocator}
-    written = [_write_csv(args.output, rows, device, settings), _save(figure, args.output)]
+    written = [write_csv(args.output, rows, device, settings), _save(figure, args.output)]
     if targets:
         order = list(dict.fromkeys(target.what for target in targets))
         targets = sorted(targets, key=lambda target: order.index(target.what))
@@ -314,7 +314,7 @@ def write_results(
             'what': target.what, 'where': target.where, 'value': round(target.value, 4), 'bound': target.bound,
             'limit': target.limit if target.bound else '', 'verdict': target.verdict,
         } for target in targets]
-        written.append(_write_csv(args.output.with_name(f'{args.output.name}_targets'), lines, device, settings))
+        written.append(write_csv(args.output.with_name(f'{args.output.name}_targets'), lines, device, settings))
     console.print('wrote ' + ', '.join(map(str, written)))
 
 
@@ -356,7 +356,7 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]], device: torch.device, settings: dict[str, Any]) -> Path:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], device: torch.device, settings: dict[str, Any]) -> Path:
     """Write rows, each with the machine and the settings; gives the file's path."""
     path = path.with_name(path.name + '.csv')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from timm_shiftwise.layers import ShiftwiseConv2d
+from timm_shiftwise.ops.shiftwise_conv.ways import WAYS
 
 FAMILIES = {
     'sw': 'sw_tiny',
@@ -26,6 +27,9 @@ TWO_STAGES = dict(depths=(1, 1), dims=(8, 12), focus_lengths=(15, 7), num_classe
 """An image is at least 8 pixels high and wide, and its last map an eighth of it."""
 
 FOUR_STAGES = dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), focus_lengths=(15, 13, 11, 7), num_classes=10)
+
+WAYS_ON_CPUS = [way for way in WAYS if way != 'triton']
+"""Names of the ways that can be taken without a GPU."""
 
 each_family = pytest.mark.parametrize('family', FAMILIES)
 

@@ -1,6 +1,11 @@
 """Which of the equal ways computes a shift-wise convolution, and the reason that is given."""
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from families import WAYS_ON_CPUS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_shiftwise.ops import backend as chooser
 from timm_shiftwise.ops.backend import ENVIRONMENT_VARIABLE as BACKEND_VARIABLE
@@ -19,10 +24,11 @@ def nothing_asked_for(monkeypatch, needs_taichi):
         monkeypatch.delenv(variable, raising=False)
 
 
-def choose(padding='full', backend=None, kept=None, size=56, kernel_size=5, backward=False, device='cpu'):
+def choose(padding='full', backend=None, kept=None, size=56, kernel_size=5, backward=False, device='cpu',
+           dtype=torch.float32):
     """What is chosen for 4 channels of 10 groups, of which a share is kept; None for no mask."""
-    x = torch.empty(1, 4, size, size, device=device)
-    weight = torch.empty(4, 10, kernel_size, kernel_size, device=device)
+    x = torch.empty(1, 4, size, size, device=device, dtype=dtype)
+    weight = torch.empty(4, 10, kernel_size, kernel_size, device=device, dtype=dtype)
     mask = None if kept is None else torch.arange(40, device=device).view(4, 10) < round(40 * kept)
     wiring = torch.zeros(1, 4, 21, dtype=torch.int32, device=device)
     choice = choose_way(Call(x, weight, wiring, mask, 51, padding, backend), backward)
@@ -32,7 +38,7 @@ def choose(padding='full', backend=None, kept=None, size=56, kernel_size=5, back
 
 
 def test_the_table_has_a_row_for_each_way():
-    assert [*WAYS] == ['fused', 'toeplitz', 'merged', 'channels_last', 'shift']
+    assert [*WAYS] == ['fused', 'toeplitz', 'triton', 'merged', 'channels_last', 'shift']
     assert all(name == way.name for name, way in WAYS.items())
 
 
@@ -103,6 +109,28 @@ def test_taichi_runs_elsewhere_than_on_the_cpu_only_if_asked_for(monkeypatch):
         assert choose(padding, 'taichi', device='meta').way.name == 'shift'
 
 
+@both_directions
+def test_triton_is_taken_on_gpus_if_asked_for_and_nothing_is_found_wrong(backward, monkeypatch):
+    def choose_on_a_gpu(**kwargs):
+        with FakeTensorMode():
+            return choose(device='cuda', backward=backward, **kwargs).way.name
+
+    file = 'timm_shiftwise.ops.shiftwise_conv.fused_triton'
+    monkeypatch.setitem(sys.modules, file, SimpleNamespace(fault=lambda *_: None))
+    assert choose_on_a_gpu() == 'toeplitz'
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, 'triton')
+    for padding in ('full', 'same'):
+        assert choose_on_a_gpu(padding=padding) == 'triton'
+    with pytest.raises(ValueError, match='the tensors are float64'):
+        choose_on_a_gpu(dtype=torch.float64)
+    monkeypatch.setitem(sys.modules, file, SimpleNamespace(fault=lambda *_: 'it rains'))
+    with pytest.raises(ValueError, match='cannot be followed: it rains'):
+        choose_on_a_gpu()
+    monkeypatch.setitem(sys.modules, file, None)
+    with pytest.raises(ValueError, match='Triton is not installed'):
+        choose_on_a_gpu()
+
+
 def test_without_taichi_the_ways_in_pytorch_are_left(monkeypatch):
     monkeypatch.setattr(runtime, 'obstacle', lambda device: 'it rains')
     monkeypatch.setattr(chooser, '_warned', {'it rains'})
@@ -114,7 +142,7 @@ def test_without_taichi_the_ways_in_pytorch_are_left(monkeypatch):
 
 
 @both_directions
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', WAYS_ON_CPUS)
 def test_a_way_that_is_asked_for_is_taken_whatever_backend_is(way, backward, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, way)
     for backend in (None, 'auto', 'taichi', 'torch'):
@@ -126,12 +154,13 @@ def test_a_way_that_is_asked_for_is_taken_whatever_backend_is(way, backward, mon
 
 
 @pytest.mark.parametrize('asked, arguments, message', [
-    ('magic', {}, "must be one of 'fused', 'toeplitz', 'merged', 'channels_last', 'shift', got 'magic'"),
-    ('large', {}, "must be one of 'fused', 'toeplitz', 'merged', 'channels_last', 'shift', got 'large'"),
-    ('Fused', {}, "must be one of 'fused', 'toeplitz', 'merged', 'channels_last', 'shift', got 'Fused'"),
+    ('magic', {}, "must be one of 'fused', 'toeplitz', 'triton', 'merged', 'channels_last', 'shift', got 'magic'"),
+    ('large', {}, "must be one of 'fused', 'toeplitz', 'triton', 'merged', 'channels_last', 'shift', got 'large'"),
+    ('Fused', {}, "must be one of 'fused', 'toeplitz', 'triton', 'merged', 'channels_last', 'shift', got 'Fused'"),
     ('merged', dict(padding='same'), "='merged' cannot be followed: .*padding 'full'"),
     ('fused', dict(kernel_size=9), "='fused' cannot be followed: .*7 x 7, not of 9 x 9"),
     ('fused', dict(device='meta'), "='fused' cannot be followed: .*on meta"),
+    ('triton', {}, "='triton' cannot be followed: .*NVIDIA GPUs, and the tensors are on cpu"),
 ])
 def test_a_way_that_there_is_not_or_that_is_hindered_is_an_error(asked, arguments, message, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, asked)

@@ -6,6 +6,8 @@ A way is a file of this folder and a row of :data:`WAYS`:
     Small convolutions, shifts and additions in one Taichi kernel that skips pruned groups (:mod:`.fused`).
 ``toeplitz``
     The merged kernels' convolutions as batched matrix products, for devices other than CPUs (:mod:`.toeplitz`).
+``triton``
+    The same products in one Triton kernel that stores no matrices, for NVIDIA GPUs (:mod:`.fused_triton`).
 ``merged``
     One wide, one tall and one square convolution, their kernels assembled from the small ones (:mod:`.merged`).
 ``channels_last``
@@ -117,6 +119,19 @@ def _no_channels_last(call: Call) -> str | None:
     return _no_merged(call)
 
 
+def _no_triton(call: Call) -> str | None:
+    x = call.x
+    if x.device.type != 'cuda' or torch.version.hip:
+        return f'it is made for NVIDIA GPUs, and the tensors are on {x.device.type}'
+    if x.dtype == torch.float64:
+        return 'it sums in float32, and the tensors are float64'
+    try:
+        fault = import_module('.fused_triton', __package__).fault
+    except ImportError:
+        return 'Triton is not installed'
+    return fault(x.device, x.dtype, call.weight.shape[2], call.padding)
+
+
 def _fused_limit(call: Call, direction: str) -> float:
     if call.padding != 'full':
         return 1.  # the shift way is slower whatever is kept
@@ -134,6 +149,8 @@ WAYS = {way.name: way for way in (  # of those that are the fastest the first is
         _at_first_call('fused', 'fused_conv2d'), _at_first_call('fused', 'fused_conv2d_backward')),
     Way('toeplitz', ('torch',), lambda *_: None, _toeplitz_limit, toeplitz_conv2d, toeplitz_conv2d_backward,
         timed=True, blocks=(2, 4, 8)),
+    Way('triton', ('torch',), _no_triton, lambda *_: -1., _at_first_call('fused_triton', 'triton_conv2d'),
+        _at_first_call('fused_triton', 'triton_conv2d_backward'), timed=True),
     Way('merged', ('torch',), _no_merged, lambda *_: 1., merged_conv2d, merged_conv2d_backward, timed=True),
     Way('channels_last', ('torch',), _no_channels_last, lambda *_: -1., channels_last_conv2d,
         channels_last_conv2d_backward, timed=True),
@@ -161,13 +178,13 @@ def choose_way(call: Call, backward: bool = False) -> Choice:
             return choice
     reasons = []
     for way in WAYS.values():
+        if way.limit(call, direction) < 0:
+            continue
         obstacle = way.obstacle(call)
         if requested != 'auto' and requested not in way.backends:
             reasons.append(f'{way.name} is not in {requested}, which {source} asks for')
         elif obstacle is not None:
             reasons.append(f'not {way.name}: {obstacle}')
-        elif way.limit(call, direction) < 0:
-            continue
         elif requested == 'auto' and way.backends == ('taichi',):
             # Taichi is looked for last, because that costs as much as a convolution of a small map
             limit = way.limit(call, direction)
