@@ -127,7 +127,7 @@ def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Ma
 
 
 def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) -> None:
-    """Translate, in place, the part of a wrapper's state dict that is a network's, if it is in another layout.
+    """Translate, in place, the part of a wrapper's state dict that is a network's, and check the tables in it.
 
     Args:
         state_dict: State dict of a module that holds the network, such as DistributedDataParallel.
@@ -138,11 +138,13 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
         CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in a checkpoint of
             version 0.1, or left over, is PyTorch's to say.
     """
-    raw, own = _below(state_dict, prefix), model.state_dict()
+    raw = _below(state_dict, prefix)
     if layout_of(raw) == OWN:
-        state = _with_right_tables(raw, own, model)
+        # no state_dict(), whose hooks could gather what is sharded
+        state = _with_right_tables(raw, {**dict(model.named_parameters()), **dict(model.named_buffers())}, model)
         state_dict.update((prefix + key, value) for key, value in state.items())
         return
+    own = model.state_dict()
     found = _in_own_layout(raw, model, own)
     problems = [
         problem for key, problem in _misfits(found.state, own, _operators(model))

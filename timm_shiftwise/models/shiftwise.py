@@ -389,8 +389,10 @@ class ShiftwiseNet(nn.Module):
         """
         self.num_classes = num_classes
         like = self.stem.get_parameter('0.weight')
+        if reset_other:
+            self.head.norm = nn.Identity()
         with like.device:  # earlier versions of timm place the new classifier by PyTorch's defaults
-            self.head.reset(num_classes, global_pool, reset_other)
+            self.head.reset(num_classes, global_pool)
         self.head.to(like.dtype)
         self.head_hidden_size = self.head.num_features
 

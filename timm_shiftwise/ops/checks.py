@@ -24,6 +24,11 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise TypeError(f'{name} must be one of {", ".join(map(str, _DTYPES))}, got {tensor.dtype}.')
 
 
+def is_empty(*sizes: int) -> bool:
+    """Whether any size is below 1; looking for the smallest, a compiler would take note of which of them that is."""
+    return any(size < 1 for size in sizes)
+
+
 def check_together(tensors: dict[str, Tensor | None], dtypes: bool = False, shapes: bool = False) -> None:
     """Refuse tensors that are not on one device, of one dtype, of one shape, as the first of them is.
 
@@ -62,7 +67,7 @@ def check_wiring(
         raise TypeError(f'wiring must be int32 or int64, got {wiring.dtype}.')
     groups = num_groups(focus_length, kernel_size)
     shape = tuple(wiring.shape)
-    fits = len(shape) == 3 and min(shape) >= 1 and shape[2] == 2 * groups + 1 and channels in (None, shape[1])
+    fits = len(shape) == 3 and not is_empty(*shape) and shape[2] == 2 * groups + 1 and channels in (None, shape[1])
     if not fits:
         wanted = f'[R, {"C" if channels is None else channels}, {2 * groups + 1}]'
         raise ValueError(
@@ -83,6 +88,8 @@ def check_indices(wiring: Tensor, maps: int) -> None:
     Raises:
         ValueError: If an index is below 0 or above K - 1; the message says where.
     """
+    if wiring.is_meta:
+        return
     if wiring.device.type == 'cuda' and torch.version.cuda is not None:
         wiring.new_empty(1).expand(maps).index_select(0, wiring.flatten())  # CUDA checks what it gathers by
         return

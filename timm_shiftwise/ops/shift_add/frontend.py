@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import check_geometry, image_size, map_size
 from timm_shiftwise.ops.backend import choose_backend
-from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring
+from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring, is_empty
 
 from .torch_impl import shift_add_backward_torch, shift_add_torch
 
@@ -71,7 +71,7 @@ def _check_backward(
     check_together({'grad_h': grad_h, 'grad_v': grad_v, 'grad_i': grad_i}, dtypes=True, shapes=True)
     check_together({'grad_h': grad_h, 'wiring': wiring})
     channels = wiring.shape[1]
-    if grad_h.ndim != 4 or grad_h.shape[1] != channels or min(grad_h.shape[2:]) < 1:
+    if grad_h.ndim != 4 or grad_h.shape[1] != channels or is_empty(*grad_h.shape[2:]):
         raise ValueError(
             f'gradients must have the shape [B, C = {channels}, H, W] with H and W of at least 1, got '
             f'{tuple(grad_h.shape)}.')

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import check_geometry
 from timm_shiftwise.ops.autocast import in_autocast_dtype
-from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring
+from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring, is_empty
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .call import Branches, Call
@@ -77,11 +77,11 @@ def _check(call: Call) -> None:
     check_dtype('x', x)
     check_together({'x': x, 'weight': weight}, dtypes=True)
     check_together({'x': x, 'wiring': wiring, 'mask': mask})
-    if x.ndim != 4 or min(x.shape[1:]) < 1:
+    if x.ndim != 4 or is_empty(*x.shape[1:]):
         raise ValueError(f'x must have the shape [B, C, H, W] with C, H and W of at least 1, got {tuple(x.shape)}.')
     channels = x.shape[1]
     if (weight.ndim != 4 or weight.shape[0] != channels or weight.shape[2] != weight.shape[3]
-            or min(weight.shape[1:]) < 1):
+            or is_empty(*weight.shape[1:])):
         raise ValueError(
             f'weight must have the shape [C = {channels}, K, N, N] with K and N of at least 1, got '
             f'{tuple(weight.shape)}.')
