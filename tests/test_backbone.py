@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, FOUR_STAGES, TWO_STAGES, assert_all_close, each_family, image, make, merged
+from packaging.version import Version
 from timm.models import adapt_input_conv
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -102,13 +103,34 @@ def test_pruning_leaves_the_stages_that_intermediates_need(family):
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([0, 1]) == [0, 1]
     assert len(pruned.stages) == 2 and isinstance(pruned.get_classifier(), nn.Identity)
+    assert pruned.num_features == pruned.head_hidden_size == DIMS[1]
     outs = pruned.forward_intermediates(x, [0, 1], intermediates_only=True)
     assert all(torch.equal(seen, expected) for seen, expected in zip(outs, wanted, strict=True))
     assert torch.equal(pruned.forward_features(x), wanted[-1])
     needed = {key for key, _ in model.named_parameters() if key.startswith(('stem.', 'stages.0.', 'stages.1.'))}
-    left = {key for key, _ in pruned.named_parameters() if not key.startswith('head.norm.')}
-    assert left == needed
+    assert {key for key, _ in pruned.named_parameters()} == needed
+    assert torch.equal(pruned(x), wanted[-1])
+    pruned.reset_classifier(3, 'avg')
+    assert pruned(x).shape == (2, 3)
     assert torch.equal(model(x), logits)
+
+
+@pytest.mark.parametrize('prune_norm', [False, True])
+@pytest.mark.parametrize('prune_head', [False, True])
+@pytest.mark.parametrize('indices, last', [([3], 3), ([0, 2], 2), (2, 3), ([1], 1)])
+def test_pruning_leaves_of_the_head_what_timms_convnext_leaves(indices, last, prune_head, prune_norm):
+    ours = four_stages('sw')
+    theirs = timm.create_model('convnext_atto', depths=(1, 1, 1, 1), dims=DIMS, num_classes=10)
+    # before 1.0.31 timm's own counts stayed as they were
+    models = (ours, theirs) if Version(timm.__version__) >= Version('1.0.31') else (ours,)
+    for model in models:
+        model.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        is_whole = last == 3 and not prune_head
+        assert (model.num_features, model.head_hidden_size) == (DIMS[last], DIMS[last])
+        assert model.num_classes == (10 if is_whole else 0)
+        head = {key for key, _ in model.named_parameters() if key.startswith('head.')}
+        assert head == ({'head.norm.weight', 'head.norm.bias', 'head.fc.weight', 'head.fc.bias'} if is_whole else set())
+        assert model(image(2, 3, 64, 96)).shape[1] == (10 if is_whole else DIMS[last])
 
 
 # --- detection and segmentation -------------------------------------------------------------------------------------

@@ -445,10 +445,10 @@ class Hostile:
         return os.mkdir, (str(self.folder),)
 
 
-def refused(tmp_path: Path, source: Path, match: str) -> None:
+def refused(tmp_path: Path, source: Path, match: str, **kwargs) -> None:
     before = leftovers(tmp_path)
     with pytest.raises((HubError, CheckpointError), match=match):
-        convert(source, tmp_path / 'out')
+        convert(source, tmp_path / 'out', **kwargs)
     assert leftovers(tmp_path) == before
 
 
@@ -575,6 +575,100 @@ def test_a_hostile_configuration_is_refused(tmp_path, checkpoint, change):
         convert(tmp_path / 'folder', tmp_path / 'out')  # the weights tell it
     else:
         refused(tmp_path, tmp_path / 'folder', '.')
+
+
+@pytest.mark.parametrize('change, told', [
+    (dict(num_classes=10 ** 7), 'num_classes=10, the network has 10000000'),
+    (dict(in_chans=10 ** 6), 'in_chans=3, the network has 1000000'),
+    (dict(num_shuffles=10 ** 9), 'num_shuffles=4, the network has 1000000000'),
+    (dict(kernel_size='5'), "kernel_size of test_sw must be int, got '5'"),
+    (dict(dims=[12, 24, 36, '48']), r'dims of test_sw must be tuple\[int, ...\]'),
+    (dict(dims=10), r'dims of test_sw must be tuple'),
+    (dict(ghost_ratio='0.2'), 'ghost_ratio of test_sw must be float'),
+    (dict(ghost_ratio=-1), 'cannot be built'),
+    (dict(dims=10 ** 400), 'integers of over 64 bits'),
+    (dict(reparameterized=1), 'reparameterized of test_sw must be bool'),
+    (dict(global_pool=['avg']), 'global_pool of test_sw must be str'),
+    (dict(global_pool='none such'), 'cannot be built'),
+    (dict(operator='none such'), 'cannot be built'),
+    (dict(pretrained_cfg=dict(url='http://127.0.0.1:9/weights.pth')), "no argument 'pretrained_cfg'"),
+    (dict(pretrained_cfg_overlay=dict(file='/etc/passwd')), "no argument 'pretrained_cfg_overlay'"),
+    (dict(checkpoint_path='/etc/passwd'), "no argument 'checkpoint_path'"),
+    (dict(features_only=True), "no argument 'features_only'"),
+    (dict(device='cuda'), "no argument 'device'"),
+    ({'x' * 10 ** 5: 1}, 'no argument'),
+], ids=lambda value: str(value)[:60])
+def test_arguments_in_a_configuration_neither_build_nor_fetch_anything(tmp_path, checkpoint, change, told, monkeypatch):
+    convert(checkpoint, tmp_path / 'folder')
+    file = tmp_path / 'folder' / 'config.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), 'model_args': change}))
+    if told != 'cannot be built':
+        monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: pytest.fail('a network was built'))
+    refused(tmp_path, tmp_path / 'folder', told)
+
+
+def test_a_number_of_paths_that_the_weights_do_not_tell_is_bounded(tmp_path):
+    net = AuthorsNetwork('sw')
+    torch.save(net.state(merged=True), tmp_path / 'authors.pth')
+    told = dict(focus_lengths=net.lengths, num_classes=10)
+    for name in ('num_paths', 'num_shuffles'):
+        refused(tmp_path, tmp_path / 'authors.pth', f'no more than 64 {name}', model_args={**told, name: 10 ** 8})
+
+
+BOMBS = {
+    'aliases': 'a: &a [' + 'x, ' * 9 + ']\n' + ''.join(
+        f'{name}: &{name} [' + f'*{before}, ' * 9 + ']\n' for before, name in zip('abcdefgh', 'bcdefghi', strict=True)),
+    'merges': 'a: &a {x: 1}\n' + ''.join(
+        f'{name}: &{name} {{<<: [' + f'*{before}, ' * 9 + ']}\n'
+        for before, name in zip('abcdefgh', 'bcdefghi', strict=True)),
+    'itself': 'a: &a [*a]',
+    'depth of lists': '[' * 60_000,
+    'depth of mappings': 'a: ' + '{a: ' * 15_000,
+    'depth of lines': ''.join(' ' * i + 'a:\n' for i in range(300)),
+    'digits': 'a: ' + '1' * 60_000,
+    'sixties': 'a: ' + '1:' * 30_000 + '1',
+    'no date': 'a: 2001-99-99',
+    'no integer': 'a: !!int ""',
+    'no truth': 'a: !!bool maybe',
+    'keys': '? {a: 1}\n: 2',
+    'size': 'a: 1\n' * 250_000,
+    'bytes': '\udcff\x00',
+}
+NESTED = '{"model_args": ' + '[' * 900 + ']' * 900 + '}'
+
+
+def test_texts_made_to_hurt_are_refused_in_one_line_and_little_memory(tmp_path):
+    """In a process of its own, of whose memory the peak is told apart from what was there before."""
+    texts = [('last.pth.tar', 'args.yaml', text) for text in BOMBS.values()]
+    texts += [('model.safetensors', 'config.json', text) for text in (*BOMBS.values(), NESTED)]
+    folders = []
+    for number, (weights, file, text) in enumerate(texts):
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        (folders[-1] / weights).touch()
+        (folders[-1] / file).write_bytes(text.encode(errors='surrogateescape'))
+    code = (
+        'import resource, sys, time\n'
+        'from pathlib import Path\n'
+        'from timm_shiftwise.hub import source\n'
+        'from timm_shiftwise.hub.errors import HubError\n'
+        'source.read_weights = lambda *args: {}\n'
+        'for folder in sys.argv[1:]:\n'
+        '    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n'
+        '    try:\n'
+        '        told = f"taken: {source.read_source(Path(folder))}"\n'
+        '    except HubError as error:\n'
+        '        told = str(error)\n'
+        '    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n'
+        '    assert "\\n" not in told and len(told) < 10_000, told\n'
+        '    print(folder, grown // 1024, time.process_time() - began, not told.startswith("taken"))\n')
+    run = subprocess.run([sys.executable, '-c', code, *map(str, folders)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split() for line in run.stdout.splitlines()]
+    assert len(rows) == len(texts)
+    for folder, megabytes, seconds, is_refused in rows:
+        assert int(megabytes) < 200 and float(seconds) < 10, folder
+        assert is_refused == 'True', folder
 
 
 @pytest.mark.parametrize('text, told', [

@@ -5,6 +5,7 @@ import pytest
 import torch
 from timm.models import create_model
 from timm.models._features_fx import create_feature_extractor
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -93,6 +94,47 @@ def test_building_a_network_under_a_default_device_places_everything_there(name)
     with torch.device('meta'):
         model = small(name)
     assert all(value.is_meta for value in [*model.parameters(), *model.buffers()])
+
+
+@every_family
+@pytest.mark.parametrize('reparameterized', [False, True])
+def test_a_network_built_without_memory_is_drawn_as_any_other(name, reparameterized):
+    model = small(name, device='meta', reparameterized=reparameterized).to_empty(device='cpu')
+    for value in [*model.parameters(), *model.buffers()]:
+        value.data.fill_(77)  # whatever lies in the memory
+    model.init_weights()
+    other = small(name, reparameterized=reparameterized)
+    assert reinit_non_persistent_buffers(model) == [], 'whatever is computed is saved with the weights'
+    for key, value in other.state_dict().items():
+        seen = model.state_dict()[key]
+        if seen.ndim > 1 and value.is_floating_point():  # drawn in the order of the modules, not as they were built
+            torch.testing.assert_close(seen.std(), value.std(), rtol=0.3, atol=1e-6)
+            torch.testing.assert_close(seen.mean(), value.mean(), rtol=0, atol=1e-2)
+        else:
+            assert torch.equal(seen, value), key
+
+
+@every_family
+@pytest.mark.parametrize('wrapper', [lambda net: net, nn.Sequential], ids=['itself', 'Sequential'])
+def test_a_network_built_without_memory_takes_all_it_needs_from_a_checkpoint(name, wrapper, image):
+    saved = small(name)
+    model = wrapper(small(name, device='meta').to_empty(device='cpu'))
+    model.load_state_dict(wrapper(saved).state_dict())
+    reinit_non_persistent_buffers(model)
+    assert torch.equal(model.eval()(image), saved(image))
+
+
+@every_family
+@pytest.mark.parametrize('arguments, error, message', [
+    (dict(kernel_size='5'), ValueError, "kernel_size must be .*'5'"),
+    (dict(kernel_size=5.), ValueError, r'kernel_size must be .*5\.0'),
+    (dict(kernel_size=True), ValueError, 'kernel_size must be .*True'),
+    (dict(dtype='float32'), TypeError, 'dtype.* must be torch.dtype, not str'),
+    (dict(dtype=torch.int32), RuntimeError, 'floating point'),
+], ids=str)
+def test_a_wrong_kernel_size_or_dtype_is_an_error_that_tells_it(name, arguments, error, message):
+    with pytest.raises(error, match=message):
+        small(name, **arguments)
 
 
 @every_family

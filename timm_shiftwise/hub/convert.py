@@ -1,18 +1,20 @@
 """From a checkpoint to a folder that timm and the Hub understand: model.safetensors, config.json, README.md."""
+import inspect
 import os
+import reprlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import resolve_pretrained_cfg, save_for_hf
+from timm.models import get_pretrained_cfg_value, resolve_pretrained_cfg, save_for_hf
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
@@ -35,6 +37,11 @@ _OF_THE_RUN = (
     'drop_rate', 'drop_path_rate', 'backend', 'sparsity', 'prune_rate', 'prune_interval', 'sparsity_init',
     'sparsity_steps', 'sparsity_seed',
 )
+_NOT_TOLD = ('return', 'backend', *_OF_THE_RUN)
+_MOST = 64
+"""Paths, and shuffles, of a network whose checkpoint does not tell them: those that there are have 1 to 4."""
+_MOST_PIXELS = 512
+"""Sides of the image whose logits are compared."""
 _TOLD_BY_CONFIG = (
     'tag', 'input_size', 'test_input_size', 'min_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode',
     'mean', 'std', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes',
@@ -190,8 +197,9 @@ def tell_network(source: Source, model: str | None, model_args: Mapping[str, Any
         if told is None:
             continue
         if not isinstance(told, Mapping):
-            raise HubError(f'The arguments of the network must be names and values, got {told!r}.')
+            raise HubError(f'The arguments of the network must be names and values, got {reprlib.repr(told)}.')
         args.update({key: value for key, value in told.items() if key not in _OF_THE_RUN})
+    _check_arguments(name, args)
     for key in found['unknown']:
         if key not in args:
             raise HubError(
@@ -201,22 +209,50 @@ def tell_network(source: Source, model: str | None, model_args: Mapping[str, Any
     return Network(name, args, found['layout'], tuple(key for key in found['assumed'] if key not in args))
 
 
+def _check_arguments(name: str, args: Mapping[str, Any]) -> None:
+    """Refuse what no network of ours takes: some arguments of ``timm.create_model`` fetch, read or run something."""
+    hints = {key: hint for key, hint in get_type_hints(ShiftwiseNet.__init__).items() if key not in _NOT_TOLD}
+    for key, value in args.items():
+        if key not in hints:
+            raise HubError(
+                f'{name} has no argument {reprlib.repr(key)} that tells its network; there are {", ".join(hints)}.')
+        if not _is_of_type(value, hints[key]):
+            wanted = inspect.formatannotation(hints[key])
+            raise HubError(f'{key} of {name} must be {wanted}, got {reprlib.repr(value)}.')
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value, as JSON or YAML have it, is of an annotated type: lists are tuples, integers are numbers."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, (tuple, list)) and all(_is_of_type(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is not None:
+        return any(_is_of_type(value, each) for each in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
 def _check_sizes(name: str, args: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse another size than the checkpoint's before a network of that size is built."""
-    seen = {**_VARIANTS[found['model']], **found['model_args']}
-    wanted = {**_VARIANTS[name], **args}
-    sizes = ['depths', 'dims', 'kernel_size']
+    channels, *_ = get_pretrained_cfg_value(found['model'], 'input_size') or (3,)
+    usual = dict(num_classes=get_pretrained_cfg_value(found['model'], 'num_classes'), in_chans=channels)
+    seen = {**usual, **_VARIANTS[found['model']], **found['model_args']}
+    wanted = {**seen, **_VARIANTS[name], **args}
+    sizes = ['depths', 'dims', 'kernel_size', 'num_classes', 'in_chans']
     if found['layout'] == 'timm-shiftwise' and not seen.get('reparameterized'):
         sizes += ['num_paths', 'num_shuffles']
     problems = [
-        f'{key}={seen[key]!r}, the network has {wanted.get(key)!r}'
-        for key in sizes if key in seen and _plain(seen[key]) != _plain(wanted.get(key, seen[key]))
+        f'{key}={seen[key]!r}, the network has {reprlib.repr(wanted[key])}'
+        for key in sizes if key in seen and _plain(seen[key]) != _plain(wanted[key])
+    ]
+    problems += [
+        f'no more than {_MOST} {key}, the network has {wanted[key]}'
+        for key in ('num_paths', 'num_shuffles') if wanted.get(key, 1) > _MOST
     ]
     lengths = wanted['focus_lengths']
-    integers = isinstance(lengths, Sequence) and all(isinstance(length, int) and length > 0 for length in lengths)
-    groups = [num_groups(length, seen['kernel_size']) for length in lengths] if integers else None
+    groups = [num_groups(length, seen['kernel_size']) for length in lengths] if min(lengths, default=0) > 0 else None
     if groups is None or (groups != list(found['groups']) and not problems):
-        problems.append(f'{list(found["groups"])} groups, the network has focus_lengths={lengths!r}')
+        problems.append(f'{list(found["groups"])} groups, the network has focus_lengths={reprlib.repr(lengths)}')
     if problems:
         raise HubError(
             f'The checkpoint is none of {name}: it has {"; ".join(problems)}. '
@@ -230,7 +266,7 @@ def _plain(value: Any) -> Any:
 def _build(network: Network) -> ShiftwiseNet:
     try:
         return cast(ShiftwiseNet, timm.create_model(network.name, **network.args))
-    except (TypeError, ValueError) as error:
+    except (AssertionError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise HubError(f'{network.name} cannot be built with {network.args}: {error}') from error
 
 
@@ -278,7 +314,10 @@ def _labels(source: Source) -> dict[str, Any]:
 
 
 def _images(model: ShiftwiseNet) -> Tensor:
-    return torch.randn(1, *config_of(model)['input_size'], generator=torch.Generator().manual_seed(0))
+    channels, *sides = config_of(model)['input_size']
+    # a network takes any size, and a configuration can name one that fills the memory
+    sides = [min(side, _MOST_PIXELS) for side in sides]
+    return torch.randn(1, channels, *sides, generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()

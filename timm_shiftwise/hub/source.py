@@ -27,6 +27,11 @@ SAVED = ('model.safetensors',)
 """Weights of a Hub folder."""
 
 _MAX_TEXT = 2 ** 20
+_MAX_DEPTH = 16
+_MAX_YAML = 2 ** 16
+"""train.py writes about 5 kB, and YAML is read slowly."""
+_MAX_ALIASES = 16
+"""What YAML repeats by reference, each of which may hold others: few, for what they stand for together grows fast."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +158,11 @@ def _why_unreadable(file: Path, error: Exception) -> str:
     return f'The checkpoint {file} cannot be read, it is cut short or of another kind: {line}'
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, most: int = _MAX_TEXT) -> str:
     if not file.is_file():
         return ''
-    if file.stat().st_size > _MAX_TEXT:
-        raise HubError(f'{file} is refused: it is larger than {_MAX_TEXT} bytes.')
+    if file.stat().st_size > most:
+        raise HubError(f'{file} is refused: it is larger than {most} bytes.')
     try:
         return file.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
@@ -168,20 +173,50 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         return _mapping(json.loads(_read_text(file) or '{}'), file)
     except (ValueError, RecursionError) as error:
-        raise HubError(f'{file} is no JSON: {error}.') from error
+        raise HubError(f'{file} is no JSON: {_one_line(error)}.') from error
+
+
+class _FewAliases(yaml.SafeLoader):
+    """Plain values only, of which few stand for others."""
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Make a node of the next event, one more of which may be an alias."""
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > _MAX_ALIASES:
+            raise yaml.YAMLError(f'more than {_MAX_ALIASES} aliases')
+        return super().compose_node(parent, index)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        return _mapping(yaml.safe_load(_read_text(file)) or {}, file)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise HubError(f'{file} is no YAML of plain values: {error}.') from error
+        return _mapping(yaml.load(_read_text(file, _MAX_YAML), _FewAliases) or {}, file)
+    except HubError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise whatever a wrong scalar makes them
+        raise HubError(f'{file} is no YAML of plain values: {_one_line(error)}.') from error
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 def _mapping(value: Any, file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise HubError(f'{file} must hold names and values, it holds a {type(value).__name__}.')
+    if not _is_modest(value, _MAX_DEPTH):
+        raise HubError(f'{file} is refused: it nests more than {_MAX_DEPTH} deep, or has integers of over 64 bits.')
     return value
+
+
+def _is_modest(value: Any, levels: int) -> bool:
+    """Whether a value can be compared, printed and written again: few levels deep, without endless integers."""
+    if isinstance(value, int):
+        return abs(value) < 2 ** 63
+    if not isinstance(value, (dict, list)):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_modest(item, levels - 1) for item in items)
 
 
 def _read_csv(file: Path) -> list[dict[str, str]]:

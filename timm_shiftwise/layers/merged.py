@@ -222,6 +222,12 @@ class MergedShiftConv2d(Operator):
         self.register_buffer('factors', torch.zeros(4, channels, **dd))  # of the three branches, and a bias
         self.register_buffer('wiring', torch.zeros(num_shuffles, channels, places, dtype=torch.int32, device=device))
 
+    def reset_parameters(self) -> None:
+        """See :meth:`.Operator.reset_parameters`."""
+        super().reset_parameters()
+        for buffer in (self.kernels, self.factors, self.wiring):
+            buffer.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""
         refuse_training(self.training)

@@ -62,6 +62,12 @@ class Operator(nn.Module):
         pad = small_padding(self.kernel_size, self.padding)
         return torch.tensor((self.focus_length, self.kernel_size, pad), dtype=torch.int32, device=device)
 
+    def reset_parameters(self) -> None:
+        """Set the tables to what they are in a new operator, and draw or clear what else it holds itself."""
+        self.built_for.copy_(self.geometry('cpu'))
+        if self.num_maps > 0:
+            self.group_mask.fill_(True)
+
     def settings(self) -> dict[str, Any]:
         """Arguments that build another form of the operator."""
         names = ('dim', 'focus_length', 'kernel_size', 'operator', 'ghost_ratio', 'ghost_split', 'large_map')

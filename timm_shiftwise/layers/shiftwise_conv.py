@@ -63,9 +63,7 @@ class ShiftwiseConv2d(Operator):
         self.norm_h = nn.BatchNorm2d(channels, **dd)
         self.norm_v = nn.BatchNorm2d(channels, **dd)
         self.norm_i = nn.BatchNorm2d(channels, **dd)
-        # the table is cached and shared between layers; a buffer must be the layer's own
-        where = torch.get_default_device() if device is None else device
-        self.register_buffer('wiring', wiring.to(device=where, copy=True))
+        self.register_buffer('wiring', torch.empty(wiring.shape, dtype=wiring.dtype, device=device))
         self.reset_parameters()
 
     def released_tables(self) -> dict[str, Tensor]:
@@ -79,8 +77,10 @@ class ShiftwiseConv2d(Operator):
         return super()._apply(lambda t: fn(t[None])[0] if t.ndim == 5 else fn(t), recurse)
 
     def reset_parameters(self) -> None:
-        """Draw the small kernels anew: truncated normal, standard deviation 0.02."""
+        """Draw the small kernels anew: truncated normal, standard deviation 0.02. Tables are as in a new operator."""
+        super().reset_parameters()
         trunc_normal_(self.kernels, std=.02)
+        self.wiring.copy_(self.released_tables()['wiring'])
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, dim, H, W] in and out."""

@@ -343,12 +343,12 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
 
 
 def _with_right_tables(raw: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights in our layout as :func:`_as_integers` makes them, refused if an operator cannot have one of the tables.
+    """Weights in our layout as :func:`_in_own_layout` makes them, refused if an operator cannot have one of the tables.
 
     Raises:
         CheckpointError: As :func:`checkpoint_filter_fn`.
     """
-    state = _as_integers(raw, own)
+    state = _in_own_layout(raw, model, own).state
     _refuse(
         [problem for name, operator in _operators(model).items() for problem in operator.wrong_tables(
             state, f'{name}.')],

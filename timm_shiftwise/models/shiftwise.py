@@ -35,6 +35,7 @@ from timm.layers import (
     get_act_layer,
     trunc_normal_,
 )
+from timm.layers.grn import GlobalResponseNorm
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -85,8 +86,14 @@ class ShiftwiseBlock(nn.Module):
         self.conv_dw = conv_layer(dim, **dd)
         self.norm = norm_layer(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), **dd)
+        self.ls_init_value = ls_init_value
         self.gamma = nn.Parameter(ls_init_value * torch.ones(dim, **dd)) if ls_init_value is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def reset_parameters(self) -> None:
+        """Set the layer scale to its initial value."""
+        if self.gamma is not None and self.ls_init_value is not None:
+            nn.init.constant_(self.gamma, self.ls_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, C, H, W] in and out."""
@@ -310,7 +317,16 @@ class ShiftwiseNet(nn.Module):
                 sparsity_seed,
                 device=device,
             )
-        named_apply(_init_weights, self)
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draw the weights anew.
+
+        Args:
+            needs_reset: Whether everything else, tables and statistics included, is set to what it is in a new network,
+                too: after ``to_empty`` of a network built on the meta device.
+        """
+        named_apply(partial(_init_weights, needs_reset=needs_reset), self)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Load a checkpoint of our layout, version 0.1's or the authors', see :func:`checkpoint_filter_fn`.
@@ -363,18 +379,22 @@ class ShiftwiseNet(nn.Module):
         """The classifier layer."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the classifier.
 
         Args:
             num_classes: Number of classes; 0 for none.
             global_pool: Global pooling type; None leaves it.
+            reset_other: Drop the norm before the classifier, too.
         """
         self.num_classes = num_classes
-        like = self.head.norm.weight
+        like = self.stem.get_parameter('0.weight')
+        if reset_other:
+            self.head.norm = nn.Identity()
         with like.device:  # earlier versions of timm place the new classifier by PyTorch's defaults
             self.head.reset(num_classes, global_pool)
         self.head.to(like.dtype)
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
             self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
@@ -416,15 +436,19 @@ class ShiftwiseNet(nn.Module):
         Args:
             indices: The last n stages if an int, those listed otherwise.
             prune_norm: Accepted for timm's interface; the network's only final norm goes with the head.
-            prune_head: Drop the classifier and the pooling.
+            prune_head: Drop the head: pooling, norm and classifier. It goes with the last stage, for which it is made,
+                in any case.
 
         Returns:
             Indices of the stages that were asked for.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        is_shorter = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
-        if prune_head:
-            self.reset_classifier(0, '')
+        if is_shorter:
+            self.num_features = self.head.in_features = self.head.num_features = self.feature_info[max_index]['num_chs']
+        if prune_head or is_shorter:
+            self.reset_classifier(0, '', reset_other=True)
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -465,11 +489,16 @@ def _refuse_for_slak(**settings) -> None:
             raise ValueError(f"operator 'slak' has no {name}: it must stay {plain[name]!r}, got {value!r}.")
 
 
-def _init_weights(module: nn.Module, name: str = '') -> None:
+def _init_weights(module: nn.Module, name: str = '', needs_reset: bool = False) -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif needs_reset and isinstance(module, GlobalResponseNorm):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif needs_reset and hasattr(module, 'reset_parameters'):
+        cast(Callable[[], None], module.reset_parameters)()
 
 
 def _filter_pretrained(

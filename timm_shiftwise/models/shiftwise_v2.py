@@ -28,7 +28,7 @@ from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.layers.merged import fold_batch_norm
 
 from .pretrained import LICENSE_OF_THE_AUTHORS, hub_id
-from .shiftwise import ShiftwiseNet, _cfg, create_shiftwise
+from .shiftwise import ShiftwiseBlock, ShiftwiseNet, _cfg, create_shiftwise
 from .variants import SHIFTWISE_V2
 
 __all__ = ['ShiftwiseNetV2']  # the registry adds each entrypoint
@@ -79,8 +79,11 @@ class ShiftwiseBlockV2(nn.Module):
         self.mlp = GlobalResponseNormMlp(
             dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), bias=(True, reparameterized), **dd)
         self.norm_mlp = nn.Identity() if reparameterized else norm_layer(dim, **dd)
+        self.ls_init_value = ls_init_value
         self.gamma = nn.Parameter(ls_init_value * torch.ones(dim, **dd)) if ls_init_value is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    reset_parameters = ShiftwiseBlock.reset_parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Forward pass, [B, C, H, W] in and out."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.geometry import check_geometry, num_groups
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _UNSIGNED = {torch.int32: np.uint32, torch.int64: np.uint64}
@@ -22,6 +22,11 @@ def check_dtype(name: str, tensor: Tensor) -> None:
     """
     if tensor.dtype not in _DTYPES:
         raise TypeError(f'{name} must be one of {", ".join(map(str, _DTYPES))}, got {tensor.dtype}.')
+
+
+def is_empty(*sizes: int) -> bool:
+    """Whether any size is below 1; looking for the smallest, a compiler would take note of which of them that is."""
+    return any(size < 1 for size in sizes)
 
 
 def check_together(tensors: dict[str, Tensor | None], dtypes: bool = False, shapes: bool = False) -> None:
@@ -47,18 +52,22 @@ def check_together(tensors: dict[str, Tensor | None], dtypes: bool = False, shap
                 f'{first} and {name} must have one shape, got {tuple(like.shape)} and {tuple(tensor.shape)}.')
 
 
-def check_wiring(wiring: Tensor, focus_length: int, kernel_size: int, channels: int | None = None) -> None:
-    """Refuse a table that does not fit the geometry, or C channels if they are given.
+def check_wiring(
+        wiring: Tensor, focus_length: int, kernel_size: int, padding: str, channels: int | None = None) -> None:
+    """Refuse what is no geometry, and a table that does not fit it, or C channels if they are given.
 
     Raises:
         TypeError: If it does not hold integers.
-        ValueError: If its shape does not fit.
+        ValueError: If its shape does not fit, or the geometry is none.
     """
+    # a compiler may have put symbols in the place of the numbers
+    focus_length, kernel_size = int(focus_length), int(kernel_size)
+    check_geometry(focus_length, kernel_size, padding)
     if wiring.dtype not in _UNSIGNED:
         raise TypeError(f'wiring must be int32 or int64, got {wiring.dtype}.')
     groups = num_groups(focus_length, kernel_size)
     shape = tuple(wiring.shape)
-    fits = len(shape) == 3 and min(shape) >= 1 and shape[2] == 2 * groups + 1 and channels in (None, shape[1])
+    fits = len(shape) == 3 and not is_empty(*shape) and shape[2] == 2 * groups + 1 and channels in (None, shape[1])
     if not fits:
         wanted = f'[R, {"C" if channels is None else channels}, {2 * groups + 1}]'
         raise ValueError(

@@ -96,6 +96,11 @@ class SparsitySchedule(nn.Module):
         if self.phase.device.type != 'meta':
             self._phase, self._step = int(self.phase), int(self.step)
 
+    def reset_parameters(self) -> None:
+        """Go back to before the first step, as a new network is."""
+        self.phase.fill_(WAITING)
+        self.step.zero_()
+
     def fuse(self) -> nn.Module:
         """What stands in the schedule's place in a network for inference: nothing."""
         return nn.Identity()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import check_geometry, image_size, map_size
 from timm_shiftwise.ops.backend import choose_backend
-from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring
+from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring, is_empty
 
 from .torch_impl import shift_add_backward_torch, shift_add_torch
 
@@ -44,12 +44,12 @@ def shift_add(
         ValueError: If a shape, a setting or an index does not fit.
         RuntimeError: If the backend asked for cannot run.
     """
+    check_geometry(focus_length, kernel_size, padding)
     return torch.ops.timm_shiftwise.shift_add(y, wiring, focus_length, kernel_size, padding, backend)
 
 
 def _check(y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, padding: str) -> None:
-    check_geometry(focus_length, kernel_size, padding)
-    check_wiring(wiring, focus_length, kernel_size)
+    check_wiring(wiring, focus_length, kernel_size, padding)
     check_dtype('y', y)
     check_together({'y': y, 'wiring': wiring})
     if y.ndim != 4:
@@ -66,13 +66,12 @@ def _check(y: Tensor, wiring: Tensor, focus_length: int, kernel_size: int, paddi
 def _check_backward(
         grad_h: Tensor, grad_v: Tensor, grad_i: Tensor, wiring: Tensor, maps: int, focus_length: int, kernel_size: int,
         padding: str) -> None:
-    check_geometry(focus_length, kernel_size, padding)
-    check_wiring(wiring, focus_length, kernel_size)
+    check_wiring(wiring, focus_length, kernel_size, padding)
     check_dtype('grad_h', grad_h)
     check_together({'grad_h': grad_h, 'grad_v': grad_v, 'grad_i': grad_i}, dtypes=True, shapes=True)
     check_together({'grad_h': grad_h, 'wiring': wiring})
     channels = wiring.shape[1]
-    if grad_h.ndim != 4 or grad_h.shape[1] != channels or min(grad_h.shape[2:]) < 1:
+    if grad_h.ndim != 4 or grad_h.shape[1] != channels or is_empty(*grad_h.shape[2:]):
         raise ValueError(
             f'gradients must have the shape [B, C = {channels}, H, W] with H and W of at least 1, got '
             f'{tuple(grad_h.shape)}.')

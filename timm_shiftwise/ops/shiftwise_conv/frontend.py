@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_shiftwise.geometry import check_geometry
 from timm_shiftwise.ops.autocast import in_autocast_dtype
-from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring
+from timm_shiftwise.ops.checks import check_dtype, check_indices, check_together, check_wiring, is_empty
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .call import Branches, Call
@@ -28,8 +28,8 @@ def shiftwise_conv2d(
     one wide N x (G * N), one tall (G * N) x N and one square N x N depthwise convolution. Which of the ways that are
     equal computes it is chosen by :func:`timm_shiftwise.ops.shiftwise_conv.ways.choose_way`.
 
-    A NaN or an infinity in ``x`` reaches every output that a kept kernel makes of it. Ways that multiply by the zeros of
-    pruned or assembled kernels let it reach more: ``fused`` fewest, ``merged`` most.
+    A NaN or an infinity in ``x`` reaches every output that a kept kernel makes of it. Ways that multiply by the zeros
+    of pruned or assembled kernels let it reach more: ``fused`` fewest, ``merged`` most.
 
     Args:
         x: Input [B, C, H, W].
@@ -52,6 +52,7 @@ def shiftwise_conv2d(
     if torch.jit.is_scripting():
         return _plain(x, keep_groups(weight, mask), wiring, focus_length, padding)
     else:
+        check_geometry(focus_length, 1, padding)  # the kernel size is that of the weight
         x, weight = in_autocast_dtype(x), in_autocast_dtype(weight)
         if graph_leaves_python():
             _check(Call(x, weight, wiring, mask, focus_length, padding))
@@ -76,17 +77,16 @@ def _check(call: Call) -> None:
     check_dtype('x', x)
     check_together({'x': x, 'weight': weight}, dtypes=True)
     check_together({'x': x, 'wiring': wiring, 'mask': mask})
-    if x.ndim != 4 or min(x.shape[1:]) < 1:
+    if x.ndim != 4 or is_empty(*x.shape[1:]):
         raise ValueError(f'x must have the shape [B, C, H, W] with C, H and W of at least 1, got {tuple(x.shape)}.')
     channels = x.shape[1]
     if (weight.ndim != 4 or weight.shape[0] != channels or weight.shape[2] != weight.shape[3]
-            or min(weight.shape[1:]) < 1):
+            or is_empty(*weight.shape[1:])):
         raise ValueError(
             f'weight must have the shape [C = {channels}, K, N, N] with K and N of at least 1, got '
             f'{tuple(weight.shape)}.')
     _, maps, size, _ = weight.shape
-    check_geometry(focus_length, size, padding)
-    check_wiring(wiring, focus_length, size, channels)
+    check_wiring(wiring, focus_length, size, padding, channels)
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (channels, maps)):
         raise ValueError(
             f'mask must be bool and have the shape {(channels, maps)}, got {mask.dtype} and {tuple(mask.shape)}.')
