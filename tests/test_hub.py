@@ -151,6 +151,8 @@ def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path, 
         assert part in message
     assert isinstance(raised.value.__cause__, huggingface_hub.errors.RepositoryNotFoundError)
     assert cached_files(tmp_path) == []
+    asked = [line for line in hub.requests if '/resolve/' in line]
+    assert asked == [f'HEAD /{REPO}/resolve/main/model.safetensors']  # once, whatever else weights are called
     hub.add(REPO, {'model.safetensors': save(weights())})
     create()
 

@@ -51,6 +51,7 @@ def proven_cache(folder: Path) -> Iterator[Path]:
 
     Raises:
         OSError: If it cannot be written, or others hold it for too long.
+        NotImplementedError: If the file system has no locks.
     """
     kernels, noted = folder / _KERNELS, folder / _CHECKSUMS
     kernels.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,8 @@ LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
 # vectors stay vectors, see the kernels; not settable through the environment unless the user does it
 _OPTIONS = {'real_matrix_scalarize': False, 'force_scalarize_matrix': False, 'log_level': 'warn'}
 
+_NO_CACHE = (OSError, NotImplementedError)  # the latter where a file system has no locks
+
 _lock = threading.RLock()
 _failures: dict[str, str] = {}  # what failed ('import' or an architecture) -> why
 _own_program: Any = None
@@ -163,7 +165,7 @@ def _start(ti: Any, device_type: str) -> str | None:
     try:
         with proven_cache(folder) as kernels:
             failure = _init(ti, device_type, offline_cache_file_path=str(kernels))
-    except OSError as error:
+    except _NO_CACHE as error:
         _logger.warning('Taichi kernels are compiled anew in this process: %s cannot be used (%s).', folder, error)
         return _init(ti, device_type, offline_cache=False)
     if _own_cache is None:
@@ -206,7 +208,7 @@ def _save_kernels() -> None:
         if _own_cache is None or program is None or program is not _own_program or program is _inherited_program:
             return
         _failures.update(dict.fromkeys(DEVICE_TYPES, 'this process is ending'))
-        with suppress(OSError), proven_cache(_own_cache):
+        with suppress(*_NO_CACHE), proven_cache(_own_cache):
             ti.reset()
 
 
