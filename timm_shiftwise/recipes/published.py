@@ -152,7 +152,7 @@ def finetuning(recipe: Recipe) -> Recipe:
         source='our own, for a start from weights: a short run with a low learning rate, whose images are not mixed.',
         epochs=30,
         warmup_epochs=2,
-        lr=2e-4,
+        lr=5e-4,
         total_batch=512,
         warmup_lr=0.,
         model_kwargs={},
