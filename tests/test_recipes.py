@@ -219,7 +219,7 @@ def test_the_folder_is_counted_and_the_run_fitted_to_it(tmp_path):
             '2,000 training images of 5 classes, counted.',
             'An update sees 40 images: 1 GPU x 8 x 5 accumulation steps.',
             'Ours: lr 0.004 belongs to 4,096 images an update',
-            '1,500 updates, 50 an epoch, and exchanges the weakest 46 times.'):
+            '1,500 updates, 50 an epoch, and 46 exchanges of the weakest.'):
         assert said in text
     several = write(tmp_path, '--data-dir', str(data), '--gpus', '2', '--batch-size', '8', model='sw_tiny')
     assert several['grad_accum_steps'] == 2
