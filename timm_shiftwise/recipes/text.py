@@ -72,8 +72,8 @@ def _network(model: str, recipe: Recipe, run: Run, weights_args: Mapping[str, An
         f'The network trains sparse: {100 * schedule.sparsity:.0f} % of its small kernels are pruned. This run has '
         f'{run.updates:,} updates, {run.updates_per_epoch:,} an epoch, and {counted(exchanges, "exchange")} of the '
         f"weakest. The network's own interval, {schedule.prune_interval:,}, is for {PUBLISHED_UPDATES:,} updates; a "
-        f'run keeps its share, but lets {LEAST_INTERVAL} updates pass at least. Other epochs or another total batch change both. '
-        '`model_kwargs: {sparsity: 0}` trains the dense network.')
+        f'run keeps its share, but lets {LEAST_INTERVAL} updates pass at least. Other epochs or another total batch '
+        'change both. `model_kwargs: {sparsity: 0}` trains the dense network.')
     why = ''.join(_ours(recipe.ours, name) for name in recipe.model_kwargs)
     return _comment(said) + why + _settings({}, model_kwargs={**recipe.model_kwargs, **fitted})
 
