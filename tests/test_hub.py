@@ -146,7 +146,7 @@ def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path, 
     message = str(raised.value)
     for part in (
             'No weights are published under the name sw_tiny.in1k yet', REPO, hub.endpoint,
-            'train.py --device-modules timm_shiftwise --model sw_tiny', 'timm-shiftwise convert',
+            'timm-shiftwise recipe sw_tiny --data-dir IMAGENET', 'timm-shiftwise convert',
             'https://github.com/lidc54/shift-wiseConv', 'TIMM_SHIFTWISE_ORG', 'hf-hub:', 'local-dir:'):
         assert part in message
     assert isinstance(raised.value.__cause__, huggingface_hub.errors.RepositoryNotFoundError)

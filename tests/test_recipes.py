@@ -219,7 +219,7 @@ def test_the_folder_is_counted_and_the_run_fitted_to_it(tmp_path):
             '2,000 training images of 5 classes, counted.',
             'An update sees 40 images: 1 GPU x 8 x 5 accumulation steps.',
             'Ours: lr 0.004 belongs to 4,096 images an update',
-            '1,500 updates, 50 an epoch, and exchanges the weakest 46 times.'):
+            '1,500 updates, 50 an epoch, and 46 exchanges of the weakest.'):
         assert said in text
     several = write(tmp_path, '--data-dir', str(data), '--gpus', '2', '--batch-size', '8', model='sw_tiny')
     assert several['grad_accum_steps'] == 2
@@ -310,8 +310,10 @@ def test_a_run_from_weights_is_short_mild_and_keeps_their_masks(tmp_path):
     for ours, theirs in zip(tuned.stages, network.stages, strict=True):
         assert torch.equal(ours.blocks[0].conv_dw.group_mask, theirs.blocks[0].conv_dw.group_mask)
     assert tuned.sparsity.phase == FIXED
-    mild = finetuning(RECIPES['sw_tiny'])
-    assert mild.lr < RECIPES['sw_tiny'].lr / 10 and mild.settings['mixup'] == mild.settings['cutmix'] == 0
+    images = Images(100_000, 10)
+    scratch, mild = RECIPES['sw_tiny'], finetuning(RECIPES['sw_tiny'])
+    rates = [plan_run(recipe, images, gpus=1, batch_size=512).lr for recipe in (scratch, mild)]
+    assert rates[1] < rates[0] / 2 and mild.settings['mixup'] == mild.settings['cutmix'] == 0
 
 
 def test_weights_that_are_merged_for_inference_are_refused(tmp_path, capsys):

@@ -49,10 +49,11 @@ _TIMM_CITATION = """@misc{rw2019timm,
 
 # arguments of train.py worth telling; paths and names of machines and accounts are not among them
 _RECIPE = (
-    'epochs', 'warmup_epochs', 'cooldown_epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'lr_base',
-    'lr_base_size', 'weight_decay', 'momentum', 'clip_grad', 'layer_decay', 'sched', 'warmup_lr', 'min_lr', 'drop',
-    'drop_path', 'aa', 'aug_repeats', 'hflip', 'vflip', 'color_jitter', 'reprob', 'remode', 'mixup', 'cutmix',
-    'smoothing', 'bce_loss', 'model_ema', 'model_ema_decay', 'amp', 'amp_dtype', 'train_interpolation', 'seed',
+    'epochs', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs', 'batch_size', 'grad_accum_steps', 'sync_bn', 'opt',
+    'lr', 'lr_base', 'lr_base_size', 'weight_decay', 'momentum', 'clip_grad', 'layer_decay', 'sched', 'warmup_lr',
+    'min_lr', 'drop', 'drop_path', 'aa', 'aug_repeats', 'hflip', 'vflip', 'color_jitter', 'reprob', 'remode', 'mixup',
+    'cutmix', 'smoothing', 'bce_loss', 'model_ema', 'model_ema_decay', 'amp', 'amp_dtype', 'train_interpolation',
+    'seed',
 )
 # those that say nothing unless another is set
 _SWITCHES = {'amp_dtype': 'amp', 'model_ema_decay': 'model_ema', 'remode': 'reprob'}

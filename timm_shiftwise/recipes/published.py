@@ -101,7 +101,7 @@ _EQ_SLAK = (
 
 _TEST = Recipe(
     source='our own, for a network of our own that reads handwritten digits of 8 x 8 pixels.',
-    # digits are cut out and stretched but not mirrored, and too small a network needs no more
+    # digits are cut out and stretched but not mirrored; a network as small as this needs no more
     settings=dict(smoothing=0.1, scale=[0.7, 1.0], ratio=[0.85, 1 / 0.85], hflip=0.0, color_jitter=0.0),
     epochs=20,
     warmup_epochs=2,
@@ -149,10 +149,11 @@ def finetuning(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         settings={**recipe.settings, **unmixed},
+        ours={},
         source='our own, for a start from weights: a short run with a low learning rate, whose images are not mixed.',
         epochs=30,
         warmup_epochs=2,
-        lr=2e-4,
+        lr=5e-4,
         total_batch=512,
         warmup_lr=0.,
         model_kwargs={},

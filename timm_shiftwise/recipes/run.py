@@ -89,7 +89,7 @@ def plan_run(
     if batch_size > own:
         raise RecipeError(
             f'--batch-size {batch_size} leaves no whole batch of the {images.images} training images: at most {own} on '
-            f'{_gpus(gpus)}')
+            f'{counted(gpus, "GPU")}')
     if paired and batch_size % 2:
         raise RecipeError(f'--batch-size must be even, images of a batch are mixed in pairs; got {batch_size}')
     batches = own // batch_size  # train.py drops the rest
@@ -133,5 +133,6 @@ def fit_schedule(schedule: SparsitySchedule | None, updates: int) -> dict[str, A
     return dict(sparsity_steps=updates, prune_interval=interval)
 
 
-def _gpus(count: int) -> str:
-    return '1 GPU' if count == 1 else f'{count} GPUs'
+def counted(number: int, what: str) -> str:
+    """A number of things, in words."""
+    return f'{number:,} {what}{"" if number == 1 else "s"}'

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from .published import OPTIMISER, PUBLISHED_UPDATES, Recipe
-from .run import LEAST_INTERVAL, Run, fit_schedule, own_schedule
+from .run import LEAST_INTERVAL, Run, counted, fit_schedule, own_schedule
 
 
 def recipe_text(
@@ -70,17 +70,16 @@ def _network(model: str, recipe: Recipe, run: Run, weights_args: Mapping[str, An
     exchanges = (run.updates - 1) // fitted['prune_interval']
     said = (
         f'The network trains sparse: {100 * schedule.sparsity:.0f} % of its small kernels are pruned. This run has '
-        f'{run.updates:,} updates, {run.updates_per_epoch:,} an epoch, and exchanges the weakest {exchanges:,} times. '
-        f"The network's own interval, {schedule.prune_interval:,}, is for {PUBLISHED_UPDATES:,} updates; a run keeps "
-        f'its share, but lets {LEAST_INTERVAL} updates pass at least. Other epochs or another total batch change both. '
-        '`model_kwargs: {sparsity: 0}` trains the dense network.')
+        f'{run.updates:,} updates, {run.updates_per_epoch:,} an epoch, and {counted(exchanges, "exchange")} of the '
+        f"weakest. The network's own interval, {schedule.prune_interval:,}, is for {PUBLISHED_UPDATES:,} updates; a "
+        f'run keeps its share, but lets {LEAST_INTERVAL} updates pass at least. Other epochs or another total batch '
+        'change both. `model_kwargs: {sparsity: 0}` trains the dense network.')
     why = ''.join(_ours(recipe.ours, name) for name in recipe.model_kwargs)
     return _comment(said) + why + _settings({}, model_kwargs={**recipe.model_kwargs, **fitted})
 
 
 def _batch(recipe: Recipe, run: Run) -> str:
-    gpus = '1 GPU' if run.gpus == 1 else f'{run.gpus} GPUs'
-    steps = '1 accumulation step' if run.grad_accum_steps == 1 else f'{run.grad_accum_steps} accumulation steps'
+    gpus, steps = counted(run.gpus, 'GPU'), counted(run.grad_accum_steps, 'accumulation step')
     said = f'An update sees {run.total_batch:,} images: {gpus} x {run.batch_size} x {steps}.'
     if recipe.published:
         said += (
@@ -95,7 +94,7 @@ def _optimiser(recipe: Recipe, run: Run) -> str:
     scaled = '' if run.total_batch == recipe.total_batch else _comment(
         f'Ours: lr {recipe.lr:g} belongs to {recipe.total_batch:,} images an update; for {run.total_batch:,} it is '
         'multiplied by the square root of their ratio, as timm scales it for optimisers of Adam\'s kind.')
-    return scaled + _settings({}, **OPTIMISER, lr=run.lr)
+    return _settings({}, **OPTIMISER) + scaled + _settings({}, lr=run.lr)
 
 
 def _schedule(recipe: Recipe, run: Run) -> str:
