@@ -13,7 +13,10 @@ ROOT = Path(timm_shiftwise.__file__).parent
 FILES = sorted(ROOT.rglob('*.py'))
 
 # from the bottom to the top; '' is the package itself
-ROOMS = ('geometry', 'ops', 'layers', 'sparsity', 'models', '', 'profile', 'hub', 'quickstart', 'cli', '__main__')
+ROOMS = (
+    'geometry', 'ops', 'layers', 'sparsity', 'models', 'receptive_field', '', 'profile', 'hub', 'quickstart', 'cli',
+    '__main__',
+)
 MAY_PRINT = ('cli', '__main__')
 
 each_file = pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
