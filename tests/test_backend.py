@@ -74,6 +74,7 @@ def test_unknown_names_are_refused_with_those_allowed(monkeypatch):
 
 @pytest.mark.parametrize('device', ['mps', 'xpu', 'meta'])
 def test_devices_that_taichi_never_serves_fall_back_without_a_warning(device, no_variable, caplog):
+    caplog.set_level('DEBUG')
     assert choose_backend(None, torch.device(device)) == 'torch'
     assert not caplog.records
     with pytest.raises(RuntimeError, match=f"asks for 'taichi'.*not on {device}"):
@@ -100,13 +101,20 @@ def test_only_the_first_visible_cuda_device_is_taichis(no_variable, monkeypatch)
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     monkeypatch.setattr(runtime, '_ensure_program', lambda device_type: None)
-    assert explain_backend(None, torch.device('cuda', 0)).backend == 'taichi'
+    assert explain_backend('taichi', torch.device('cuda', 0)).backend == 'taichi'
     for device in (torch.device('cuda', 1), torch.device('cuda')):
-        choice = explain_backend(None, device)
-        assert choice.backend == 'torch' and choice.fallback
-        assert 'CUDA_VISIBLE_DEVICES' in choice.reason
+        with pytest.raises(RuntimeError, match='CUDA_VISIBLE_DEVICES'):
+            explain_backend('taichi', device)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
-    assert 'graph' in explain_backend(None, torch.device('cuda', 0)).reason
+    with pytest.raises(RuntimeError, match='graph'):
+        explain_backend('taichi', torch.device('cuda', 0))
+
+
+def test_on_a_gpu_taichi_is_asked_for_or_does_not_run(no_variable, monkeypatch, caplog):
+    monkeypatch.setattr(runtime, 'obstacle', lambda device: pytest.fail('Taichi was looked for'))
+    for requested in (None, 'auto'):
+        choice = explain_backend(requested, torch.device('cuda', 0))
+        assert choice.backend == 'torch' and 'asked for' in choice.reason and not choice.fallback
 
 
 def test_a_chosen_backend_costs_little_per_call(no_variable, monkeypatch):

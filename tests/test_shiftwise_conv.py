@@ -34,6 +34,8 @@ class Computation(NamedTuple):
 COMPUTATIONS = [
     Computation('fused', 'full', 'taichi'),
     Computation('fused', 'same', 'taichi'),
+    Computation('toeplitz', 'full', 'torch'),
+    Computation('toeplitz', 'same', 'torch'),
     Computation('merged', 'full', 'torch'),
     Computation('merged', 'full', 'taichi'),
     Computation('shift', 'full', 'torch'),

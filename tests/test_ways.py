@@ -32,7 +32,7 @@ def choose(padding='full', backend=None, kept=None, size=56, kernel_size=5, back
 
 
 def test_the_table_has_a_row_for_each_way():
-    assert [*WAYS] == ['fused', 'merged', 'shift']
+    assert [*WAYS] == ['fused', 'toeplitz', 'merged', 'shift']
     assert all(name == way.name for name, way in WAYS.items())
 
 
@@ -85,11 +85,22 @@ def test_large_small_kernels_are_not_fused():
     assert '9 x 9' in choose(backend='taichi', kernel_size=9).reason
 
 
-def test_tensors_elsewhere_than_on_the_cpu_are_not_fused():
+@both_directions
+@pytest.mark.parametrize('padding', ['full', 'same'])
+def test_tensors_elsewhere_than_on_the_cpu_take_toeplitz_products(padding, backward):
     # on the meta device a mask has no values, and none is looked at
-    assert choose(device='meta').way.name == 'merged'
-    assert choose('same', device='meta').way.name == 'shift'
-    assert 'meta' in choose(device='meta').reason
+    for backend in (None, 'auto', 'torch'):
+        for kept in (None, .05):
+            choice = choose(padding, backend, kept, backward=backward, device='meta')
+            assert choice.way.name == 'toeplitz'
+            assert backend == 'torch' or 'meta' in choice.reason
+    assert choose(padding, backward=backward).way.name != 'toeplitz'
+
+
+def test_taichi_runs_elsewhere_than_on_the_cpu_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr(runtime, 'obstacle', lambda device: None)
+    for padding in ('full', 'same'):
+        assert choose(padding, 'taichi', device='meta').way.name == 'shift'
 
 
 def test_without_taichi_the_ways_in_pytorch_are_left(monkeypatch):
@@ -115,9 +126,9 @@ def test_a_way_that_is_asked_for_is_taken_whatever_backend_is(way, backward, mon
 
 
 @pytest.mark.parametrize('asked, arguments, message', [
-    ('magic', {}, "must be one of 'fused', 'merged', 'shift', got 'magic'"),
-    ('large', {}, "must be one of 'fused', 'merged', 'shift', got 'large'"),
-    ('Fused', {}, "must be one of 'fused', 'merged', 'shift', got 'Fused'"),
+    ('magic', {}, "must be one of 'fused', 'toeplitz', 'merged', 'shift', got 'magic'"),
+    ('large', {}, "must be one of 'fused', 'toeplitz', 'merged', 'shift', got 'large'"),
+    ('Fused', {}, "must be one of 'fused', 'toeplitz', 'merged', 'shift', got 'Fused'"),
     ('merged', dict(padding='same'), "='merged' cannot be followed: .*padding 'full'"),
     ('fused', dict(kernel_size=9), "='fused' cannot be followed: .*7 x 7, not of 9 x 9"),
     ('fused', dict(device='meta'), "='fused' cannot be followed: .*on meta"),

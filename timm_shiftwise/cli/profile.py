@@ -22,6 +22,7 @@ from .network import (
 if TYPE_CHECKING:
     from ..models import ShiftwiseNet
     from ..profile import Comparison, NetworkProfile
+    from ..profile.estimate import Estimate
     from ..profile.timing import StageTime
 
 _CALM = 1.5
@@ -33,7 +34,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser = subparsers.add_parser(
         'profile',
         help="count and time what a network costs, beside SLaK's large kernels",
-        usage='%(prog)s MODEL [--checkpoint FILE | --pretrained | --sparsity SHARE ...] [--time] [OPTIONS]',
+        usage='%(prog)s MODEL [--checkpoint FILE | --pretrained | --sparsity SHARE ...] [--time] [--on GPU] [OPTIONS]',
         description='Count the parameters and multiply-adds of a network, stage by stage, its depthwise part and the '
                     "whole, beside the same network with SLaK's large kernels as its operators (arXiv 2401.12736, "
                     'Tables 2 and 4, Eq. 4-8). Ratios say how many times as much SLaK takes.',
@@ -57,8 +58,12 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         help="time each stage's operator beside SLaK's at several densities, forward (Table 5)")
     timing.add_argument(
         '--densities', metavar='SHARE', nargs='+', type=float, help='kept shares to time (1.0, 0.9 and so on to 0.1)')
-    timing.add_argument('--batch-size', type=int, default=1, help='images in a batch (%(default)s)')
+    timing.add_argument('--batch-size', type=int, help='images in a batch (1; 128 for --on)')
     timing.add_argument('--repeats', type=int, default=10, help='turns, of which the median counts (%(default)s)')
+    estimate = parser.add_argument_group('estimate')
+    estimate.add_argument(
+        '--on', metavar='GPU', help='estimate a training step and inference on a GPU that is not here: a100, h100, ...')
+    estimate.add_argument('--dtype', help='what the whole network is in for --on: bfloat16 (default), float16, float32')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,10 +71,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..profile import profile_model
+    from ..profile.estimate import estimate_model
     from ..profile.timing import DENSITIES, time_operators
 
     if args.densities and not args.time:
         raise CommandError('--densities says what --time measures: give both')
+    if args.dtype and not args.on:
+        raise CommandError('--dtype says what --on estimates: give both')
+    batch_size = 1 if args.batch_size is None else args.batch_size
     network, source = _network(args)
     try:
         profile = dataclasses.replace(
@@ -80,23 +89,28 @@ def run(args: argparse.Namespace) -> int:
         if args.time:
             sizes = [(stage.height, stage.width) for stage in profile.stages]
             times += time_operators(
-                network, sizes, densities=args.densities or DENSITIES, batch_size=args.batch_size,
+                network, sizes, densities=args.densities or DENSITIES, batch_size=batch_size,
                 repeats=args.repeats, device=args.device)
+        estimate = None if args.on is None else estimate_model(
+            network, args.on, batch_size=128 if args.batch_size is None else args.batch_size,
+            dtype=args.dtype or 'bfloat16', img_size=args.img_size)
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     setting = {
-        'device': args.device, 'threads': torch.get_num_threads(), 'batch_size': args.batch_size,
+        'device': args.device, 'threads': torch.get_num_threads(), 'batch_size': batch_size,
         'repeats': args.repeats,
     }
     if args.format == 'json':
         timed = {'times': {**setting, 'stages': [dataclasses.asdict(stage) for stage in times]}} if times else {}
-        print_json({**profile.to_dict(), **timed})
+        estimated = {'estimated': dataclasses.asdict(estimate)} if estimate else {}
+        print_json({**profile.to_dict(), **timed, **estimated})
     elif args.format == 'csv':
-        print_csv(_rows(profile, times))
+        print_csv(_rows(profile, times, estimate))
     else:
         print_sections(
             _summary(profile, source), _depthwise_section(profile), _whole_section(profile), _way_section(profile),
-            *([_time_section(times, setting)] if times else []))
+            *([_time_section(times, setting)] if times else []),
+            *([_estimate_section(profile, estimate)] if estimate else []))
     return 0
 
 
@@ -217,12 +231,37 @@ def _time_section(times: 'list[StageTime]', setting: dict[str, Any]) -> list[Tab
     return lines
 
 
+def _estimate_section(profile: 'NetworkProfile', estimate: 'Estimate') -> list[Table | str]:
+    operators: list[Table | str] = []
+    if estimate.stages:
+        table = _table('stage', 'layers', 'way', *estimate.stages[0].ways_ms)
+        for stage in estimate.stages:
+            table.add_row(
+                str(stage.stage), str(stage.layers), stage.way, *(f'{ms:.1f}' for ms in stage.ways_ms.values()))
+        operators += [
+            table, 'Operators of a stage together, forward and backward, estimated ms by the ways there are.']
+    networks = _table(
+        'network', 'estimated\nstep, ms', 'estimated\nimages/s', 'estimated infer-\nence, ms an image')
+    networks.columns[0].justify = 'left'
+    for name, times in ((profile.model, estimate.ours), (estimate.baseline_model, estimate.baseline)):
+        step = ('', '') if times.step_ms is None else (
+            f'{times.step_ms:.0f}', f'{1000 * estimate.batch_size / times.step_ms:.0f}')
+        networks.add_row(name, *step, f'{times.image_ms:.3f}')
+    return [
+        f'[bold]Estimated, not measured[/]: {estimate.on}, batch {estimate.batch_size}, all in {estimate.dtype}',
+        *operators, networks,
+        'Step: forward and backward, without the optimiser. Inference: merged, the whole batch at once.',
+        f'Assumed: {estimate.assumptions}.',
+    ]
+
+
 def _parts(profile: 'NetworkProfile') -> 'list[tuple[str, Comparison]]':
     stages = [(f'stage {stage.stage}', stage.whole) for stage in profile.stages]
     return [('stem', profile.stem), *stages, ('head', profile.head), ('total', profile.whole)]
 
 
-def _rows(profile: 'NetworkProfile', times: 'list[StageTime]') -> list[dict[str, Any]]:
+def _rows(
+        profile: 'NetworkProfile', times: 'list[StageTime]', estimate: 'Estimate | None') -> list[dict[str, Any]]:
     """A row for each part of the network, and for all; a part has no value in columns that are not for it."""
     rows = []
     for name, cost in _parts(profile):
@@ -240,6 +279,11 @@ def _rows(profile: 'NetworkProfile', times: 'list[StageTime]') -> list[dict[str,
         for operator in timed.operators:
             row[f'milliseconds_at_{operator.density:g}'] = operator.milliseconds
             row[f'time_ratio_at_{operator.density:g}'] = operator.ratio
+    if estimate is not None:
+        for row, operators in zip(rows[1:], estimate.stages, strict=False):
+            row.update({f'estimated_{way}_ms': ms for way, ms in operators.ways_ms.items()})
+        for name, whole in (('', estimate.ours), (f'{estimate.baseline_model}_', estimate.baseline)):
+            rows[-1].update({f'estimated_{name}{key}': ms for key, ms in dataclasses.asdict(whole).items()})
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name, '') for name in columns} for row in rows]
 

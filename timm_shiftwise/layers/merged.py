@@ -5,13 +5,18 @@ with a single one, BatchNorms are factors of kernels and a bias.
 
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3 (re-parameterisation; Eq. 1-3 read backwards).
 """
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops.depthwise import tall_wide_conv2d
 from timm_shiftwise.ops.large_kernels import assemble_kernels, centred, grown, merged_sides, within_reach
+from timm_shiftwise.ops.measured import CHOICES, layer_of, may_measure
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
 from .operator import Operator
@@ -104,9 +109,15 @@ def merged_forward(
     else:
         if graph_leaves_python():
             return _two_convolutions(x, tall, bias, wide, large_map)
+        assert bias is not None  # which TorchScript cannot know of a convolution
+        differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (x, tall, bias, wide))
+        # on the meta device nothing runs, and whoever counts there knows convolutions
+        if x.device.type not in ('cpu', 'meta') and not differentiated:
+            x = in_autocast_dtype(x)
+            form = _fastest_form(x, tall, bias, wide, num_worked) if may_measure(x) else _as_products
+            return form(x, tall, bias, wide, num_worked)
         if torch.compiler.is_compiling() or x.device.type != 'cpu':
             return _two_convolutions(x, tall, bias, wide, False)
-        assert bias is not None  # which TorchScript cannot know of a convolution
         x = in_autocast_dtype(x)
         tall, wide = _cut_to(x, tall), _cut_to(x, wide)
         if _is_fast_channels_last(x):
@@ -176,15 +187,46 @@ def _on_planes(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: 
         upright, turned = pair[:, :num_worked], pair[:, num_worked:].mT
     else:
         upright, turned = _depthwise(worked, first, shift), _depthwise(worked.mT.contiguous(), second).mT
-    scale = tall[num_worked:, 0, tall.shape[2] // 2, tall.shape[3] // 2].to(x.dtype)
-    ghosts = torch.addcmul(
-        bias[num_worked:, None, None].to(x.dtype), x[:, num_worked:], scale[:, None, None])
+    ghosts = _ghosts(x, tall, bias, num_worked)
     if torch.is_grad_enabled():
         return torch.cat([upright + turned, ghosts], dim=1)
     out = torch.empty_like(x)
     torch.add(upright, turned, out=out[:, :num_worked])
     out[:, num_worked:] = ghosts
     return out
+
+
+def _as_products(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Tensor:
+    """The same as matrix products, ghosts by a product of their own, without derivatives."""
+    kernels = (each[:num_worked, 0].to(x.dtype) for each in (tall, wide))
+    worked = tall_wide_conv2d(x[:, :num_worked], *kernels) + bias[:num_worked, None, None].to(x.dtype)
+    return torch.cat([worked, _ghosts(x, tall, bias, num_worked)], dim=1) if num_worked < x.shape[1] else worked
+
+
+def _on_contiguous(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Tensor:
+    return _two_convolutions(x.contiguous(), tall, bias, wide, False)
+
+
+def _on_channels_last(x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Tensor:
+    return _two_convolutions(x.contiguous(memory_format=torch.channels_last), tall, bias, wide, False)
+
+
+_FORMS = {'toeplitz': _as_products, 'merged': _on_contiguous, 'channels_last': _on_channels_last}
+"""Forms that are timed on devices other than CPUs, named as the ways that are like them."""
+
+
+def _fastest_form(
+        x: Tensor, tall: Tensor, bias: Tensor, wide: Tensor, num_worked: int) -> Callable[..., Tensor]:
+    """The fastest of :data:`_FORMS`, see :mod:`timm_shiftwise.ops.measured`."""
+    layer, size = layer_of(x, 'merged', 'full', *tall.shape[2:])
+    answer = CHOICES.fastest(layer, size, x.device, lambda: {
+        name: partial(form, x, tall, bias, wide, num_worked) for name, form in _FORMS.items()})
+    return _as_products if answer is None else _FORMS[answer.name]
+
+
+def _ghosts(x: Tensor, tall: Tensor, bias: Tensor, num_worked: int) -> Tensor:
+    scale = tall[num_worked:, 0, tall.shape[2] // 2, tall.shape[3] // 2].to(x.dtype)
+    return torch.addcmul(bias[num_worked:, None, None].to(x.dtype), x[:, num_worked:], scale[:, None, None])
 
 
 class MergedShiftConv2d(Operator):

@@ -1,7 +1,8 @@
 """Which implementation of an operator runs, and why.
 
-Every operator has an implementation in plain PyTorch, its definition, and one in Taichi. Taichi runs wherever it can,
-unless the ``backend`` argument of a call or the environment variable ``TIMM_SHIFTWISE_BACKEND`` says otherwise.
+Every operator has an implementation in plain PyTorch, its definition, and one in Taichi. On the CPU Taichi runs wherever
+it can, unless the ``backend`` argument of a call or the environment variable ``TIMM_SHIFTWISE_BACKEND`` says otherwise;
+on other devices it runs only where one of these asks for it.
 """
 import logging
 import os
@@ -62,6 +63,8 @@ def explain_backend(requested: str | None, device: torch.device) -> BackendChoic
     requested, source = requested_backend(requested)
     if requested == 'torch':
         return BackendChoice('torch', f'asked for by {source}')
+    if requested == 'auto' and device.type != 'cpu':
+        return BackendChoice('torch', f'for tensors on {device.type} Taichi has to be asked for')
     obstacle = runtime.obstacle(device)
     if requested == 'taichi':
         if obstacle is not None:
@@ -77,10 +80,7 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
     choice = explain_backend(requested, device)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
-        # a device that Taichi never serves is no surprise worth a warning
-        level = logging.WARNING if device.type in runtime.DEVICE_TYPES else logging.DEBUG
-        _logger.log(
-            level,
+        _logger.warning(
             'Shift-wise operators run in plain PyTorch, not in Taichi: %s. (%s=torch asks for this and is silent.)',
             choice.reason, ENVIRONMENT_VARIABLE)
     return choice.backend

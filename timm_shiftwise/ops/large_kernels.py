@@ -64,10 +64,19 @@ def small_kernel_gradient(
     """
     groups, size = wiring.shape[2] // 2, kernel_size
     middle, length = focus_length // 2, groups * size
+    return assembled_gradient(
+        _uncentred(wide.mT, middle, size // 2, length, size).mT,
+        _uncentred(tall, middle, size // 2, length, size),
+        _uncentred(square, size // 2, size // 2, size, size), wiring, maps)
+
+
+def assembled_gradient(wide: Tensor, tall: Tensor, square: Tensor, wiring: Tensor, maps: int) -> Tensor:
+    """Gradient of the small kernels, [C, K, N, N], of those of the kernels that :func:`assemble_kernels` makes."""
+    groups, size = wiring.shape[2] // 2, square.shape[1]
     pieces = torch.cat([
-        _uncentred(wide.mT, middle, size // 2, length, size).unflatten(1, (groups, size)).mT,
-        _uncentred(tall, middle, size // 2, length, size).unflatten(1, (groups, size)),
-        _uncentred(square, size // 2, size // 2, size, size).unsqueeze(1),
+        wide.mT.unflatten(1, (groups, size)).mT,
+        tall.unflatten(1, (groups, size)),
+        square.unsqueeze(1),
     ], dim=1)  # [C, 2 * G + 1, N, N]
     index = wiring.permute(1, 2, 0).long()  # [C, 2 * G + 1, R]
     uses = torch.zeros([*index.shape[:2], maps], dtype=pieces.dtype, device=wiring.device)  # of each kernel, by place

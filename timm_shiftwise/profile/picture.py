@@ -1,5 +1,4 @@
 """A picture of which groups a network keeps: a bar and a map of channels and groups for every layer."""
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
+
+from timm_shiftwise.ops.files import replacing
 
 from .kept import NetworkGroups, StageGroups
 
@@ -36,14 +37,8 @@ def draw_groups(groups: NetworkGroups, name: str, path: str | Path) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        with partial.open('wb') as stream:
-            FigureCanvasAgg(_figure(groups, name)).print_png(stream)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open('wb') as stream:
+        FigureCanvasAgg(_figure(groups, name)).print_png(stream)
 
 
 def _figure(groups: NetworkGroups, name: str) -> Figure:

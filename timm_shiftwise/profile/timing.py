@@ -5,8 +5,10 @@ Source: Shift-ConvNets (arXiv 2401.12736), Table 5.
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,13 +126,18 @@ def _pruned(operator: ShiftwiseConv2d | MergedShiftConv2d, density: float) -> Sh
 @torch.inference_mode()
 def take_turns(modules: Sequence[nn.Module], x: Tensor, repeats: int) -> list[list[float]]:
     """Milliseconds of each module's forward passes, one of every module in each turn."""
-    for module in modules:
+    return time_calls([partial(module, x) for module in modules], x.device, repeats)
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> list[list[float]]:
+    """Milliseconds of each call on a device, one of every call in each turn."""
+    for call in calls:
         for _ in range(_WARM_UP):
-            module(x)
-    times: list[list[float]] = [[] for _ in modules]
+            call()
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        for module, taken in zip(modules, times, strict=True):
-            taken.append(_milliseconds(module, x))
+        for call, taken in zip(calls, times, strict=True):
+            taken.append(_milliseconds(call, device))
     return times
 
 
@@ -141,11 +148,11 @@ def _spread(taken: list[float]) -> float:
     return upper / lower
 
 
-def _milliseconds(module: nn.Module, x: Tensor) -> float:
-    _wait_for(x.device)
+def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    _wait_for(device)
     start = time.perf_counter()
-    module(x)
-    _wait_for(x.device)
+    call()
+    _wait_for(device)
     return 1000 * (time.perf_counter() - start)
 
 

@@ -34,8 +34,9 @@ def large_depthwise_weight_gradient(x: Tensor, grad: Tensor, rows: int, columns:
     return F.pad(grad_kernel, [left, left, above, above])
 
 
-_WINDOW_ELEMENTS = 2 ** 20
-"""Shifted copies that a weight gradient makes at a time: enough for the matrix product, little beside the input."""
+_WINDOW_ELEMENTS = {'cpu': 2 ** 20}
+_WINDOW_ELEMENTS_ELSEWHERE = 2 ** 28
+"""Shifted copies that a weight gradient makes at a time, by device: what caches hold, elsewhere what launches cost."""
 
 
 def depthwise_weight_gradient(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
@@ -65,7 +66,8 @@ def depthwise_weight_gradient(x: Tensor, grad: Tensor, rows: int, columns: int) 
         first = 0
     else:
         first = -reach
-    chunk = max(1, _WINDOW_ELEMENTS // max(1, columns * x[:, 0].numel()))
+    at_once = _WINDOW_ELEMENTS.get(x.device.type, _WINDOW_ELEMENTS_ELSEWHERE)
+    chunk = max(1, at_once // max(1, columns * x[:, 0].numel()))
     parts = [
         _weight_gradient_of(x[:, c:c + chunk], grad[:, c:c + chunk], first, rows, columns)
         for c in range(0, channels, chunk)
@@ -79,10 +81,10 @@ def _weight_gradient_of(x: Tensor, grad: Tensor, first: int, rows: int, columns:
     shifted = shifted.permute(1, 3, 2, 0, 4).flatten(3).flatten(1, 2)  # [C, columns * H', B * W]
     grad = grad.permute(1, 2, 0, 3).flatten(2)  # [C, H, B * W]
     products = torch.bmm(grad, shifted.transpose(1, 2)).unflatten(2, (columns, -1))  # [C, H, columns, H']
-    return _diagonal_sums(products.transpose(1, 2), first, rows).transpose(1, 2)
+    return diagonal_sums(products.transpose(1, 2), first, rows).transpose(1, 2)
 
 
-def _diagonal_sums(matrix: Tensor, first: int, count: int) -> Tensor:
+def diagonal_sums(matrix: Tensor, first: int, count: int) -> Tensor:
     """Sums of ``matrix[..., i, i + j]`` over i for ``count`` offsets j from ``first`` on, float32 at least."""
     rows, columns = matrix.shape[-2:]
     # rows laid one after another, each one element further to the right, line the diagonals up
