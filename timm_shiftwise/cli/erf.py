@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import CommandError
 from .network import NOT_BUILT, add_format, add_model_kwargs, print_csv, print_json, print_sections
-from .output import check_picture, write_beside
+from .output import check_picture
 
 if TYPE_CHECKING:
     from ..receptive_field import ReceptiveField
@@ -67,9 +67,14 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f'--size takes one or two numbers, got {len(args.size)}')
     fields = [_measure(args, model, checkpoint) for model, checkpoint in zip(args.models, checkpoints, strict=True)]
     if args.output is not None:
+        from ..ops.files import replacing
         from ..receptive_field.picture import draw_receptive_fields
 
-        write_beside(args.output, draw_receptive_fields(fields))
+        try:
+            with replacing(args.output) as partial:
+                partial.write_bytes(draw_receptive_fields(fields))
+        except OSError as error:
+            raise CommandError(f'{args.output} was not written: {error.strerror or error}') from error
     if args.format == 'json':
         print_json([field.to_dict() for field in fields])
     elif args.format == 'csv':

@@ -8,10 +8,11 @@ import base64
 import csv
 import hashlib
 import io
-import os
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
+
+from timm_shiftwise.ops.files import replacing
 
 DISTRIBUTION = 'timm-shiftwise'
 HOOK = '_timm_shiftwise_hook.py'
@@ -40,7 +41,8 @@ def enable() -> Path:
     with _explained(folder):
         # the .pth last: without the module that it imports it would do nothing
         for name, content in ((HOOK, hook), (START, _START_LINE.encode())):
-            _write(folder / name, content)
+            with replacing(folder / name) as partial:
+                partial.write_bytes(content)
         _record(installed, {HOOK: hook, START: _START_LINE.encode()})
     return folder
 
@@ -114,13 +116,5 @@ def _record(installed: Distribution, held: dict[str, bytes]) -> None:
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows(rows)
     own = next(file for file in installed.files or [] if file.name == 'RECORD')
-    _write(Path(str(installed.locate_file(own))), out.getvalue().encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(str(installed.locate_file(own))) as partial:
+        partial.write_text(out.getvalue(), encoding='utf-8', newline='')
