@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import CommandError
+from .images import Images
 from .network import NOT_BUILT, add_format, add_model_kwargs, print_csv, print_json, print_sections
 from .output import check_picture
 
@@ -110,8 +111,8 @@ def _measure(args: argparse.Namespace, name: str, checkpoint: str) -> 'Receptive
                 for scale in layer_scales(network):
                     scale.fill_(args.layer_scale)
             weights = f'random, layer scale {args.layer_scale:g}'
-        images = None if args.images is None else _read(args.images, network, size)
-        count = args.samples if images is None else min(args.samples, len(images))
+        images = None if args.images is None else Images(args.images, network, args.samples, size, squash=True)
+        count = args.samples if images is None else len(images)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(escape(name), total=count)
             return erf(
@@ -120,32 +121,6 @@ def _measure(args: argparse.Namespace, name: str, checkpoint: str) -> 'Receptive
                 progress=lambda: progress.advance(task))
     except NOT_BUILT as error:
         raise CommandError(f'{name}: {error}') from error
-
-
-class _Images:
-    """Tensors of the images of a folder, spread over it, as a model expects them."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __iter__(self):
-        for index in range(len(self._dataset)):
-            yield self._dataset[index][0]
-
-
-def _read(folder: str, network: Any, size: tuple[int, int] | None) -> _Images:
-    from timm.data import ImageDataset, create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(network)
-    if size is not None:
-        config['input_size'] = (3, *size)
-    # the whole image, squashed, so that its middle is the network's
-    transform = create_transform(**{**config, 'crop_pct': 1.0, 'crop_mode': 'squash'})
-    dataset = ImageDataset(folder, transform=transform)
-    return _Images(dataset)
 
 
 def _table(fields: 'list[ReceptiveField]') -> Table:
