@@ -14,7 +14,9 @@ FILES = sorted(ROOT.rglob('*.py'))
 
 # from the bottom to the top; '' is the package itself
 ROOMS = (
-    'geometry', 'ops', 'layers', 'sparsity', 'models', '', 'profile', 'hub', 'recipes', 'quickstart', 'cli', '__main__')
+    'geometry', 'ops', 'layers', 'sparsity', 'models', 'receptive_field', '', 'profile', 'hub', 'recipes', 'quickstart',
+    'environment', 'cli', '__main__',
+)
 MAY_PRINT = ('cli', '__main__')
 
 each_file = pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))

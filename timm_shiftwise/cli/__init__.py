@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 # The sub-commands in the order in which the help text lists them: a new one is its module and a line here.
-COMMANDS = ('quickstart', 'run', 'recipe', 'convert', 'publish', 'profile', 'sparsity', 'check')
+COMMANDS = (
+    'quickstart', 'run', 'recipe', 'convert', 'publish', 'export', 'profile', 'check', 'sparsity', 'erf', 'enable',
+    'disable', 'doctor',
+)
 
 
 class CommandError(Exception):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMATS = ('table', 'json', 'csv')
 _ELSEWHERE = ('hf-hub:', 'hf_hub:', 'local-dir:')
 # what goes wrong in building a network from arguments, a folder or the Hub
-_NOT_BUILT = (OSError, RuntimeError, TypeError, ValueError, AssertionError, KeyError)
+NOT_BUILT = (OSError, RuntimeError, TypeError, ValueError, AssertionError, KeyError)
 
 
 def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def build_network(model: str, **kwargs: Any) -> 'ShiftwiseNet':
         raise CommandError(f'{model!r} is no network of this package. These are {ours}')
     try:
         network = timm.create_model(model, **kwargs)
-    except _NOT_BUILT as error:
+    except NOT_BUILT as error:
         raise CommandError(f'{model} cannot be built: {error}') from error
     if not isinstance(network, ShiftwiseNet):
         raise CommandError(f'{model} is no network of this package but a {type(network).__name__}')

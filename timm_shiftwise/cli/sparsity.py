@@ -9,6 +9,7 @@ from rich.table import Table
 
 from . import CommandError
 from .network import add_format, add_model_kwargs, load_network, print_csv, print_json, print_sections, share_bar
+from .output import check_picture
 
 if TYPE_CHECKING:
     from ..profile import LayerGroups, NetworkGroups
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from ..profile import network_groups
 
     if args.output is not None:
-        _check_output(args.output)
+        check_picture(args.output)
     network, name = load_network(args.checkpoint, args.model, dict(args.model_kwargs))
     try:
         groups = network_groups(network)
@@ -61,16 +62,6 @@ def run(args: argparse.Namespace) -> int:
         # standard output may be for a program
         Console(stderr=True, soft_wrap=True, highlight=False).print(f'Drawn into {escape(args.output)}')
     return 0
-
-
-def _check_output(output: str) -> None:
-    """Refuse what cannot be drawn before the checkpoint is read."""
-    if not output.lower().endswith('.png'):
-        raise CommandError(f'--output takes a file that ends in .png, got {output!r}')
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise CommandError(f'drawing needs matplotlib (pip install matplotlib): {error}') from error
 
 
 def _summary(checkpoint: str, name: str, groups: 'NetworkGroups') -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from timm_shiftwise.geometry import num_groups
 from timm_shiftwise.layers import MergedConv2d, MergedShiftConv2d
 from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.receptive_field import convolved_size
 
 from .cost import Comparison, Cost, kernel_ratio
 from .kept import Counted, Parts, check_network, stage_blocks
@@ -245,13 +246,9 @@ def _resampling(module: nn.Module, size: tuple[int, int]) -> tuple[Cost, tuple[i
     multiply_adds = 0
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            size = _convolved(layer, 0, size[0]), _convolved(layer, 1, size[1])
+            size = convolved_size(layer, *size)
             multiply_adds += layer.weight.numel() * size[0] * size[1]
     return Cost(parameters, parameters, multiply_adds), size
-
-
-def _convolved(layer: nn.Conv2d, axis: int, side: int) -> int:
-    return (side + 2 * int(layer.padding[axis]) - layer.kernel_size[axis]) // layer.stride[axis] + 1
 
 
 def _both(cost: Cost) -> Comparison:
