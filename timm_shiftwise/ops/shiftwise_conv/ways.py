@@ -26,7 +26,6 @@ import torch
 from timm_shiftwise.ops.backend import choose_backend, requested_backend
 from timm_shiftwise.ops.depthwise.frontend import LARGEST_UNROLLED
 from timm_shiftwise.ops.measured import CHOICES, layer_of, may_measure
-from timm_shiftwise.ops.measured import ENVIRONMENT_VARIABLE as CHOICES_VARIABLE
 from timm_shiftwise.ops.taichi.runtime import LANES
 
 from .call import Branches, Call, Gradients
@@ -222,9 +221,11 @@ def _measured(call: Call, direction: str) -> Choice | None:
     if answer is None:
         return None
     way = _timed_ways().get(answer.name)
-    obstacle = 'there is no such way' if way is None else way.obstacle(call)
-    if way is None or obstacle is not None:
-        raise ValueError(f'The choice {answer.name!r} of {CHOICES_VARIABLE} cannot be followed: {obstacle}.')
+    if way is None:
+        raise answer.refused(f'the ways that are timed are {", ".join(_timed_ways())}')
+    obstacle = way.obstacle(call)
+    if obstacle is not None:
+        raise answer.refused(obstacle)
     return Choice(way, answer.reason)
 
 
