@@ -31,7 +31,7 @@ def only_ways(monkeypatch, little):
 
 def lines_of(text: str) -> dict[str, str]:
     """The report's lines by what they are of, each as verdict and what was seen."""
-    return {what: f'{verdict.strip()} {said}' for verdict, what, said in re.findall(
+    return {what: f'{verdict.strip()} {said}'.strip() for verdict, what, said in re.findall(
         r'^(ok   |WRONG|     )  ([^:\n]+): (.*)$', text, re.MULTILINE)}
 
 
@@ -46,8 +46,9 @@ def test_the_report_of_a_cpu_has_every_part_and_is_the_file(little, capsys, tmp_
     assert re.findall(r'^[A-Z]+$', shown, re.MULTILINE) == ['MACHINE', 'WAYS', 'NETWORKS', 'SPEED', 'CHOICES']
     lines = lines_of(shown)
     assert f'torch {torch.__version__.partition("+")[0]}' in lines['packages']
-    for way in check.WAYS:
-        assert lines[f'{way}, float64'].startswith('ok error')
+    for way in check.WAYS:  # some are for other devices
+        runs = way in ('toeplitz', 'merged', 'channels_last', 'shift')
+        assert lines[f'{way}, float64'].startswith('ok error' if runs else 'does not run here')
     assert 'oneDNN' in lines['channels_last, bfloat16']
     judged = [what for what in lines if what.startswith(('training step, ', 'network, '))]
     assert len(judged) == 6 and all(lines[what].startswith('ok ') for what in judged)

@@ -6,8 +6,8 @@ nothing that was timed counts. Every process times for itself: those of a distri
 changes results by no more than rounding.
 
 A file that the environment variable ``TIMM_SHIFTWISE_CHOICES`` names keeps the choices: it is written after every
-timing, and what it holds is not timed again, so that a resumed run computes bit for bit as before. In a distributed run
-every process but the first has a file of its own, with its rank in the name.
+timing, and what it holds is not timed again, so that a resumed run takes the same ways, without which it would not be
+the same bit for bit. In a distributed run every process but the first has a file of its own, with its rank in the name.
 """
 import json
 import logging
