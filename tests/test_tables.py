@@ -225,6 +225,15 @@ def test_an_operator_checks_its_own_tables(merged, assign):
         assert_refused(operator, table, damage, message, assign=assign)
 
 
+@pytest.mark.parametrize('padding', ['full', 'same'])
+def test_an_operator_with_a_wrong_table_is_neither_run_nor_merged(padding):
+    operator = ShiftwiseConv2d(4, 15, 5, padding=padding).eval()
+    operator.wiring[0, 2, 1] = -1
+    for use in (lambda: operator(torch.zeros(1, 4, 6, 6)), operator.fuse):
+        with pytest.raises(ValueError, match=r'got -1 at \[0, 2, 1\]'):
+            use()
+
+
 def test_an_operator_without_memory_takes_only_a_right_table():
     operator, state = ShiftwiseConv2d(4, 15, 5, device='meta'), ShiftwiseConv2d(4, 15, 5).state_dict()
     with pytest.raises(RuntimeError, match=r'wiring must hold integers of 0 to 2, got 9 at'):

@@ -11,6 +11,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
+from timm_shiftwise.ops.checks import check_indices
 from timm_shiftwise.ops.large_kernels import assemble_kernels, centred, grown, merged_sides, within_reach
 from timm_shiftwise.ops.tracing import graph_leaves_python
 
@@ -257,7 +258,11 @@ def merge_shiftwise(
         wiring: Kernel index at every place, integer [R, C, 2 * G + 1].
         scales: What the wide, the tall and the centre branch are multiplied by, each [C].
         bias: What is added, [C].
+
+    Raises:
+        ValueError: If the wiring names a kernel that is not there.
     """
+    check_indices(wiring, kernels.shape[1])
     if isinstance(merged, MergedShiftConv2d):
         merged.kernels.copy_(kernels)
         merged.wiring.copy_(wiring)

@@ -127,7 +127,7 @@ def fitting(state_dict: Mapping[str, Any], model: nn.Module, strict: bool) -> Ma
 
 
 def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) -> None:
-    """Translate, in place, the part of a wrapper's state dict that is a network's, if it is in another layout.
+    """Translate, in place, the part of a wrapper's state dict that is a network's, and check what can be checked.
 
     Args:
         state_dict: State dict of a module that holds the network, such as DistributedDataParallel.
@@ -136,13 +136,11 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
 
     Raises:
         CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in a checkpoint of
-            version 0.1, or left over, is PyTorch's to say.
+            ours, or left over, is PyTorch's to say.
     """
-    raw, own = _below(state_dict, prefix), model.state_dict()
-    if layout_of(raw) == OWN:
-        state = _with_right_tables(raw, own, model)
-        state_dict.update((prefix + key, value) for key, value in state.items())
-        return
+    raw = _below(state_dict, prefix)
+    # no state_dict(), whose hooks could gather what is sharded
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     found = _in_own_layout(raw, model, own)
     problems = [
         problem for key, problem in _misfits(found.state, own, _operators(model))
@@ -159,8 +157,8 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
 def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args) -> None:
     """Hook before a load: lets timm's ``features_only`` wrapper take a checkpoint of the whole network.
 
-    The wrapper holds the network's parts under names of its own; the head and later stages are left out. What a wrapper
-    of version 0.1 saved is translated, too.
+    The wrapper holds the network's parts under names of its own; the head and later stages are left out. What such a
+    wrapper saved is checked, too, and translated if it is of version 0.1.
 
     Args:
         module: The wrapper.
@@ -169,18 +167,14 @@ def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: st
         args: The hook's further arguments, of no use here.
 
     Raises:
-        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in what a wrapper of
-            version 0.1 saved, or left over, is PyTorch's to say.
+        CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in what such a
+            wrapper saved, or left over, is PyTorch's to say.
     """
     held, wrapped = _below(state_dict, prefix), module.state_dict()
     raw = {_network_name(key): value for key, value in held.items()}
     is_wrappers = not wrapped.keys().isdisjoint(held)
     names = {_network_name(key): key for key in wrapped}
     own = {name: wrapped[key] for name, key in names.items()}
-    if is_wrappers and layout_of(raw) == OWN:
-        state = _with_right_tables(raw, own, module)
-        state_dict.update((prefix + names[key], value) for key, value in state.items() if key in names)
-        return
     found = _in_own_layout(raw, module, own)
     parts = {_part(name) for name in names}
     state = {key: value for key, value in found.state.items() if _part(key) in parts or not key.startswith(_UNWRAPPED)}
@@ -340,20 +334,6 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
             if torch.equal(up, value) or key.rpartition('.')[2] not in ('wiring', 'built_for'):
                 changed[key] = up.to(own[key].dtype)
     return {**raw, **changed} if changed else raw
-
-
-def _with_right_tables(raw: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights in our layout as :func:`_in_own_layout` makes them, refused if an operator cannot have one of the tables.
-
-    Raises:
-        CheckpointError: As :func:`checkpoint_filter_fn`.
-    """
-    state = _in_own_layout(raw, model, own).state
-    _refuse(
-        [problem for name, operator in _operators(model).items() for problem in operator.wrong_tables(
-            state, f'{name}.')],
-        raw, own)
-    return state
 
 
 def _misfits(

@@ -98,8 +98,7 @@ class SparsitySchedule(nn.Module):
 
     def reset_parameters(self) -> None:
         """Go back to before the first step, as a new network is."""
-        self.phase.fill_(WAITING)
-        self.step.zero_()
+        self._set(WAITING, 0)
 
     def fuse(self) -> nn.Module:
         """What stands in the schedule's place in a network for inference: nothing."""
