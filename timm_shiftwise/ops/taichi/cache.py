@@ -54,8 +54,9 @@ def proven_cache(folder: Path) -> Iterator[Path]:
         NotImplementedError: If the file system has no locks.
     """
     kernels, noted = folder / _KERNELS, folder / _CHECKSUMS
-    kernels.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / 'lock', timeout=_PATIENCE):
+        kernels.mkdir(exist_ok=True)
         (kernels / 'ticache.lock').unlink(missing_ok=True)  # its owner held our lock, and is gone
         if _checksums(kernels) != _read(noted):
             shutil.rmtree(kernels)
