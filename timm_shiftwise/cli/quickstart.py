@@ -358,7 +358,7 @@ def _next_steps(output: Path) -> Panel:
             '\nWrite a recipe for your folder, look into it, and train by it:',
             code(*train_lines('sw_tiny', 'PHOTOS', 100)),
             '\nTo see these lines work first, on the digits:',
-            code(*train_lines('test_sw', shlex.quote(str(output / DIGITS)), 10)),
+            code(*train_lines('test_sw', shlex.quote(str(output / DIGITS)), 15)),
         ),
         title='[bold]Your own images[/]',
         box=box.HORIZONTALS,
