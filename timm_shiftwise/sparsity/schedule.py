@@ -3,6 +3,7 @@
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.3; SLaK (arXiv 2207.03620), Section 4.
 """
 import logging
+from itertools import islice
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from timm_shiftwise.layers import ShiftwiseConv2d
 
 from .follow import follow
-from .masks import prune_and_regrow, prune_rate_at, random_mask, snip_counts, snip_saliency, uniform_counts
+from .masks import first_masks, prune_and_regrow, prune_rate_at, snip_counts, snip_saliency, uniform_counts
 from .sharding import multiply, whole
 
 _logger = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ FIXED = 2
 class SparsitySchedule(nn.Module):
     """Prunes and regrows the groups of a network's shift-wise operators while it trains.
 
-    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each layer
-    keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each layer loses its kept groups of
-    smallest magnitude and grows as many others, from zero. The share removed decays by a cosine to 0.005 over
-    ``sparsity_steps``, after which the masks stay.
+    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each path of
+    each layer keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each loses its kept groups of
+    smallest magnitude and grows as many drawn at random, from zero. Every ``mask_sharing_interval``-th time the paths
+    of a layer get one mask, otherwise each exchanges groups of its own. The share removed decays by a cosine to 0.005
+    over ``sparsity_steps``, after which the masks stay. `docs/training.md` compares this with the authors' release.
 
     The state (masks in the layers, phase and step here) lives in buffers: a resumed run goes on where it stopped, and
     EMA copies and ranks stay in step. Weights loaded through ``pretrained=True``, and weights that meet a new
@@ -48,6 +50,8 @@ class SparsitySchedule(nn.Module):
         sparsity_init: ``'snip'`` or ``'uniform'`` (the same share in every layer).
         sparsity_steps: Length of the run in optimiser steps.
         sparsity_seed: Seed of the draws.
+        mask_sharing_interval: Updates from one that gives the paths of a layer one mask to the next that does; 1 for
+            every update.
         device: Device of the buffers.
 
     Raises:
@@ -58,7 +62,8 @@ class SparsitySchedule(nn.Module):
 
     def __init__(
             self, stages: list[list[ShiftwiseConv2d]], sparsity: float, prune_rate: float, prune_interval: int,
-            sparsity_init: str = 'snip', sparsity_steps: int = 93_600, sparsity_seed: int = 0, device=None) -> None:
+            sparsity_init: str = 'snip', sparsity_steps: int = 93_600, sparsity_seed: int = 0,
+            mask_sharing_interval: int = 1, device=None) -> None:
         super().__init__()
         if not _is_number(sparsity) or not 0 <= sparsity < 1:
             raise ValueError(f'sparsity must be at least 0 and below 1, got {sparsity!r}.')
@@ -67,6 +72,7 @@ class SparsitySchedule(nn.Module):
         _check_integer('prune_interval', prune_interval, 1)
         _check_integer('sparsity_steps', sparsity_steps, 1)
         _check_integer('sparsity_seed', sparsity_seed, 0)
+        _check_integer('mask_sharing_interval', mask_sharing_interval, 1)
         if sparsity_init not in INITIALISATIONS:
             raise ValueError(f'sparsity_init must be one of {INITIALISATIONS}, got {sparsity_init!r}.')
         self.sparsity = sparsity
@@ -75,6 +81,7 @@ class SparsitySchedule(nn.Module):
         self.sparsity_init = sparsity_init
         self.sparsity_steps = sparsity_steps
         self.sparsity_seed = sparsity_seed
+        self.mask_sharing_interval = mask_sharing_interval
         # a tuple, not a ModuleList: the layers belong to the network, which names them in its state dict
         self._stages = tuple(tuple(stage) for stage in stages)
         self.register_buffer('phase', torch.tensor(WAITING, dtype=torch.int64, device=device))
@@ -107,7 +114,7 @@ class SparsitySchedule(nn.Module):
 
     @torch.jit.ignore
     def sparsity_per_stage(self) -> list[float]:
-        """Share of pruned groups in each stage, as the masks stand."""
+        """Share of pruned groups in each stage, those of every path counted, as the masks stand."""
         shares = []
         for stage in self._stages:
             masks = torch.cat([layer.group_mask.flatten() for layer in stage])
@@ -156,17 +163,20 @@ class SparsitySchedule(nn.Module):
 
     def _draw_masks(self, optimizer: Optimizer) -> None:
         trained = self._trained()
+        paths = [path for _, layer in trained for path in layer.group_mask]
         if self.sparsity_init == 'snip':
             saliencies = [
-                snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad))) for _, layer in trained]
-            counts = snip_counts(saliencies, self.sparsity)
+                path for _, layer in trained
+                for path in snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad)))]
+            counts = iter(snip_counts(saliencies, self.sparsity))
         else:
-            counts = uniform_counts([layer.group_mask.numel() for _, layer in trained], self.sparsity)
-        for (index, layer), count in zip(trained, counts, strict=True):
-            channels, maps = layer.group_mask.shape
-            mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
-            self._put_mask(layer, mask, mask, optimizer)
-            multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[:, :, None, None])
+            counts = iter(uniform_counts([path.numel() for path in paths], self.sparsity))
+        for index, layer in trained:
+            num_paths, channels, maps = layer.group_mask.shape
+            of_layer = list(islice(counts, num_paths))
+            self._put_masks(
+                layer, first_masks((num_paths, channels, maps), of_layer, self.sparsity_seed, index), optimizer)
+            multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[..., None, None])
         self._set(RUNNING, 0)
         _log(
             'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
@@ -175,18 +185,19 @@ class SparsitySchedule(nn.Module):
 
     def _update_masks(self, optimizer: Optimizer) -> None:
         rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
+        shared = self._step // self.prune_interval % self.mask_sharing_interval == 0
         for index, layer in self._trained():
-            magnitude = whole(layer.kernels).abs().sum(dim=(0, 3, 4))
-            standing, grown = prune_and_regrow(
-                layer.group_mask, magnitude, rate, self.sparsity_seed, self._step, index)
-            shape = layer.group_mask.shape
-            self._put_mask(layer, standing.view(shape), (standing | grown).view(shape), optimizer)
+            magnitude = whole(layer.kernels).abs().sum(dim=(3, 4))
+            masks = prune_and_regrow(
+                layer.group_mask, magnitude, rate, shared, self.sparsity_seed, self._step, index)
+            self._put_masks(layer, masks, optimizer)
 
     @staticmethod
-    def _put_mask(layer: ShiftwiseConv2d, standing: Tensor, mask: Tensor, optimizer: Optimizer) -> None:
-        """Set a mask; weights and what the optimiser knows of them stay where a group stands, else are zero."""
-        keep = standing.to(layer.kernels.device)[:, :, None, None]
-        layer.group_mask.copy_(mask)
+    def _put_masks(layer: ShiftwiseConv2d, masks: Tensor, optimizer: Optimizer) -> None:
+        """Set masks; weights and what the optimiser knows of them stay where a group stands before and after."""
+        masks = masks.to(layer.group_mask.device)
+        keep = (layer.group_mask & masks)[..., None, None]
+        layer.group_mask.copy_(masks)
         multiply(layer.kernels, keep)
         for value in optimizer.state.get(layer.kernels, {}).values():
             if isinstance(value, Tensor) and value.shape == layer.kernels.shape:
@@ -205,7 +216,7 @@ class SparsitySchedule(nn.Module):
         return (
             f'sparsity={self.sparsity}, prune_rate={self.prune_rate}, prune_interval={self.prune_interval}, '
             f'sparsity_init={self.sparsity_init!r}, sparsity_steps={self.sparsity_steps}, '
-            f'sparsity_seed={self.sparsity_seed}'
+            f'sparsity_seed={self.sparsity_seed}, mask_sharing_interval={self.mask_sharing_interval}'
         )
 
 
