@@ -1,7 +1,14 @@
 """The rules of sparse training, each in a case worked by hand; `docs/training.md` lists them by these tests' names."""
+import logging
+import subprocess
+import sys
+
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sparse_runs import make_model, masks_of, pruned_weights, same, train_steps
+from timm.optim import create_optimizer_v2
+from torch import nn
 
 from timm_shiftwise.sparsity import masks
 
@@ -94,3 +101,75 @@ def test_a_group_removed_and_drawn_again_keeps_all(sharing):
                 optimizers, (layer, other), strict=True))
             assert torch.equal(state * keep, before * keep), key
             assert state[pruned_weights(layer)].eq(0).all(), key
+
+
+def told_of_length(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize('planned, warns', [(1000, True), (4, True), (12, False)])
+def test_a_learning_rate_that_ends_far_from_the_planned_length_is_told_once(planned, warns, caplog):
+    model = make_model(sparsity_steps=planned, prune_interval=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_steps(model, optimizer, 9)
+    assert not told_of_length(caplog)
+    optimizer.param_groups[0]['lr'] = 1e-5
+    train_steps(model, optimizer, 3)
+    messages = told_of_length(caplog)
+    assert len(messages) == warns
+    assert all(f'sparsity_steps={planned}' in message and 'step 10' in message for message in messages)
+
+
+RUN = '''
+import torch, timm, timm_shiftwise
+model = timm.create_model(
+    'test_sw', depths=(1,), dims=(4,), focus_lengths=(6,), sparsity_steps={planned}, backend='torch')
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+x = torch.randn(1, 3, 8, 8)
+for _ in range({steps}):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+'''
+
+
+@pytest.mark.parametrize('steps, planned, warns', [(110, 5000, True), (110, 120, False)])
+def test_a_process_that_ends_far_from_the_planned_length_tells(steps, planned, warns):
+    done = subprocess.run(
+        [sys.executable, '-c', RUN.format(steps=steps, planned=planned)], capture_output=True, text=True, check=True)
+    assert done.stderr.count('The process ends at optimiser step 110') == warns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, most', [('adamw', 1.5), ('lamb', 1.5)])
+def test_what_grows_moves_no_further_than_one_and_a_half_times_what_stands(name, most):
+    """On handwritten digits, over the ten steps after an exchange; with second moments of zero it is more."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].div(8).sub(1)
+    images = nn.functional.interpolate(images, size=32, mode='bilinear').repeat(1, 3, 1, 1)
+    labels = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = make_model(num_classes=10, prune_interval=120, sparsity_steps=1000, ls_init_value=0.1)
+    optimizer = create_optimizer_v2(model, name, lr=2e-3 if name == 'lamb' else 1e-3, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(0)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            chosen = torch.randint(len(images), (16,), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+
+    train(119)
+    before = masks_of(model)
+    train(1)
+    layers = model.sparsity.layers()
+    start = [layer.kernels.detach().clone() for layer in layers]
+    train(10)
+    moved = [(layer.kernels.detach() - at).abs().mean((3, 4)) for layer, at in zip(layers, start, strict=True)]
+    now = masks_of(model)
+    grown = torch.cat([far[mask & ~old] for far, mask, old in zip(moved, now, before, strict=True)])
+    stands = torch.cat([far[mask & old] for far, mask, old in zip(moved, now, before, strict=True)])
+    assert min(len(grown), len(stands)) > 50
+    assert grown.mean() > 0
+    assert grown.mean() / stands.mean() <= most

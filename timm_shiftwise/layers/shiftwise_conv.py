@@ -155,7 +155,8 @@ def summed_paths(kernels: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Their sum, [C, K, N, N].
     """
-    return torch.where(mask[:, :, :, None, None], kernels, 0).sum(0)
+    # what autograd keeps is the new tensor ~mask: masks may change before a second derivative is taken
+    return kernels.masked_fill(~mask[:, :, :, None, None], 0).sum(0)
 
 
 def of_each_path(mask: Tensor, paths: int) -> Tensor:

@@ -3,6 +3,7 @@
 Others are the authors' and that of version 0.1. Everything is checked before anything is copied, so a checkpoint that
 is refused leaves the model as it was.
 """
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.layers.shiftwise_conv import of_each_path
-from timm_shiftwise.sparsity import keep_masks
+from timm_shiftwise.sparsity import keep_masks, wrong_state
 
 from .description import describe_checkpoint
 from .layouts import (
@@ -140,10 +141,10 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
         CheckpointError: As :func:`checkpoint_filter_fn`, input channels included. What is missing in a checkpoint of
             version 0.1, or left over, is PyTorch's to say.
     """
-    raw = _below(state_dict, prefix)
+    raw, own = _below(state_dict, prefix), model.state_dict()
     if layout_of(raw) == OWN:
+        _refuse([problem for key in raw if (problem := _wrong_values(key, raw, own))], raw, own)
         return
-    own = model.state_dict()
     found = _in_own_layout(raw, model, own)
     problems = [
         problem for key, problem in _misfits(found.state, own)
@@ -350,6 +351,8 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     changed = {}
     for key, value in raw.items():
         if key in own and not own[key].is_floating_point() and value.is_floating_point() and not value.is_meta:
+            if value.isnan().any():
+                continue  # which no integer stands for
             up = value.ceil()
             if torch.equal(up, value) or key.rpartition('.')[2] not in ('wiring', 'built_for'):
                 changed[key] = up.to(own[key].dtype)
@@ -376,7 +379,7 @@ def _misfits(
             seen, model = (seen[0], *seen[2:]), (model[0], *model[2:])
         if seen != model:
             found.append((key, f'{key} has the shape {tuple(state[key].shape)}, the model {tuple(wanted.shape)}'))
-        elif not state[key].is_meta:
+        else:
             problem = _wrong_values(key, state, own)
             if problem:
                 found.append((key, problem))
@@ -384,11 +387,19 @@ def _misfits(
 
 
 def _wrong_values(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What is wrong with the values of a table of an operator; empty if nothing. Kernels read memory by these."""
+    """What is wrong with the values of a tensor, such as a table, by which kernels read memory; empty if nothing."""
     name, _, buffer = key.rpartition('.')
+    value = state[key]
+    if key not in own or value.is_meta:
+        return ''
+    if value.is_complex() and not own[key].is_complex():
+        return f'{key} is complex, the model real'
+    if name == 'sparsity':
+        return wrong_state(key, value)
+    if value.is_floating_point() and value.numel() and math.isnan(value.min()):
+        return f'{key} holds NaN: the run that it is from had diverged'
     if not name.endswith('.conv_dw'):
         return ''
-    value = state[key]
     if buffer == 'built_for' and not own[key].is_meta and value.tolist() != own[key].tolist():
         return (
             f'{key}: the checkpoint was made for (focus length, kernel size, padding) {tuple(value.tolist())}, '
