@@ -4,7 +4,7 @@ import ast
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from . import CommandError
 
 if TYPE_CHECKING:
     from ..models import ShiftwiseNet
+    from ..profile.kept import Counted
 
 FORMATS = ('table', 'json', 'csv')
 _ELSEWHERE = ('hf-hub:', 'hf_hub:', 'local-dir:')
@@ -116,6 +117,21 @@ def load_network(checkpoint: str, model: str | None, model_kwargs: Mapping[str, 
 def share_bar(share: float) -> ProgressBar:
     """A bar for a cell of a table, in characters that the terminal has."""
     return ProgressBar(total=1, completed=share, width=24, complete_style='cyan', finished_style='cyan')
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return f'{100 * share:.1f} %'
+
+
+def path_shares(counted: 'Counted') -> str:
+    """The share of small kernels that each path keeps, for people."""
+    return ' / '.join(f'{100 * share:.1f}' for share in counted.path_densities) + ' %'
+
+
+def in_one_cell(values: Iterable[float]) -> str:
+    """Several numbers for one cell of CSV."""
+    return ' '.join(map(str, values))
 
 
 def print_sections(*sections: Sequence[Table | str]) -> None:

@@ -8,13 +8,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import CommandError
-from .network import add_format, add_model_kwargs, load_network, print_csv, print_json, print_sections, share_bar
+from .network import (
+    add_format,
+    add_model_kwargs,
+    in_one_cell,
+    load_network,
+    path_shares,
+    percent,
+    print_csv,
+    print_json,
+    print_sections,
+    share_bar,
+)
 from .output import check_picture
 
 if TYPE_CHECKING:
     from ..profile import LayerGroups, NetworkGroups
+    from ..profile.kept import Counted
 
-_LEGEND = 'Groups: small kernels of all channels. Without: channels that lost all of theirs.'
+_LEGEND = (
+    'Groups: small kernels of all channels. Kept: by any path, which is what costs. '
+    'Without: channels that lost all of theirs.')
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -70,7 +84,9 @@ def _summary(checkpoint: str, name: str, groups: 'NetworkGroups') -> str:
         if groups.updates == 'waiting':
             kept += '. Its masks are drawn at the first step of training with sparsity'
     else:
-        kept = f'{_percent(groups.density)} of the groups kept ({groups.kept:,} of {groups.total:,})'
+        kept = f'{percent(groups.density)} of the groups kept ({groups.kept:,} of {groups.total:,})'
+        if groups.has_paths_apart:
+            kept += f', by the paths {path_shares(groups)}'
     schedule = {
         'running': f'; trained sparse for {groups.step:,} optimiser steps',
         'fixed': '; training on leaves them so',
@@ -81,7 +97,8 @@ def _summary(checkpoint: str, name: str, groups: 'NetworkGroups') -> str:
 def _table(groups: 'NetworkGroups') -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column('layer')
-    for column in ('channels', 'groups', 'kept', 'share'):
+    apart = groups.has_paths_apart
+    for column in ('channels', 'groups', 'kept', 'share', *(['by the paths'] if apart else [])):
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column()
     table.add_column('without', justify='right')
@@ -89,21 +106,21 @@ def _table(groups: 'NetworkGroups') -> Table:
         ghosts = f' of {stage.dim}' if stage.dim > stage.channels else ''
         table.add_row(
             f'stage {index + 1}, M = {stage.focus_length}', f'{stage.channels}{ghosts}', f'{stage.total:,}',
-            f'{stage.kept:,}', _percent(stage.density), share_bar(stage.density),
+            f'{stage.kept:,}', *_shares(stage, apart), share_bar(stage.density),
             str(sum(layer.empty_channels for layer in stage.layers)), style='bold')
         for layer in stage.layers:
             table.add_row(
-                f'  {layer.name}', '', f'{layer.total:,}', f'{layer.kept:,}', _percent(layer.density),
+                f'  {layer.name}', '', f'{layer.total:,}', f'{layer.kept:,}', *_shares(layer, apart),
                 share_bar(layer.density), str(layer.empty_channels), end_section=layer is stage.layers[-1])
     empty = sum(layer.empty_channels for stage in groups.stages for layer in stage.layers)
     table.add_row(
-        'all', '', f'{groups.total:,}', f'{groups.kept:,}', _percent(groups.density), share_bar(groups.density),
+        'all', '', f'{groups.total:,}', f'{groups.kept:,}', *_shares(groups, apart), share_bar(groups.density),
         str(empty), style='bold')
     return table
 
 
-def _percent(share: float) -> str:
-    return f'{100 * share:.1f} %'
+def _shares(counted: 'Counted', apart: bool) -> list[str]:
+    return [percent(counted.density), *([path_shares(counted)] if apart else [])]
 
 
 def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
@@ -115,6 +132,7 @@ def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
         'kept': groups.kept,
         'total': groups.total,
         'density': groups.density,
+        'path_densities': groups.path_densities,
         'stages': [
             {
                 'stage': index + 1,
@@ -125,6 +143,7 @@ def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
                 'kept': stage.kept,
                 'total': stage.total,
                 'density': stage.density,
+                'path_densities': stage.path_densities,
                 'layers': [_plain_layer(layer) for layer in stage.layers],
             }
             for index, stage in enumerate(groups.stages)
@@ -138,6 +157,7 @@ def _plain_layer(layer: 'LayerGroups') -> dict[str, Any]:
         'kept': layer.kept,
         'total': layer.total,
         'density': layer.density,
+        'path_densities': layer.path_densities,
         'empty_channels': layer.empty_channels,
     }
 
@@ -146,7 +166,7 @@ def _rows(groups: 'NetworkGroups') -> list[dict[str, Any]]:
     return [
         {
             'stage': index + 1, 'channels': stage.channels, 'focus_length': stage.focus_length, 'groups': stage.maps,
-            **_plain_layer(layer),
+            **_plain_layer(layer), 'path_densities': in_one_cell(layer.path_densities),
         }
         for index, stage in enumerate(groups.stages) for layer in stage.layers
     ]

@@ -3,6 +3,7 @@
 Others are the authors' and that of version 0.1. Everything is checked before anything is copied, so a checkpoint that
 is refused leaves the model as it was.
 """
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
-from timm_shiftwise.sparsity import keep_masks
+from timm_shiftwise.layers.shiftwise_conv import of_each_path
+from timm_shiftwise.sparsity import keep_masks, wrong_state
 
 from .description import describe_checkpoint
 from .layouts import (
@@ -67,8 +69,9 @@ def checkpoint_filter_fn(
 
     Takes our own checkpoints (unchanged), those of version 0.1, SLaK's (into ``slak_*``, and cut into small kernels for
     ``eq_slak_*``) and the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``). The authors' hold no
-    wiring, which follows from its seed; groups that are exactly zero on all paths are pruned ones, and training on
-    leaves them pruned. Where the authors merged the paths, the first path gets the kernels and the others zeros.
+    wiring, which follows from its seed; small kernels of a path that are exactly zero are pruned ones, and training on
+    leaves them pruned. Where the authors merged the paths, the first path gets the kernels and the others zeros, and
+    all keep the same groups. So they do where a mask is one for all paths, as in version 0.1.
 
     Args:
         state_dict: A state dict, bare or under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
@@ -249,9 +252,25 @@ def _in_own_layout(raw: dict[str, Tensor], model: nn.Module, own: Mapping[str, T
         own: The network's own state, by its names.
 
     Returns:
-        The translation; its state is ``raw`` itself if that is in our layout and no average.
+        The translation; its state is ``raw`` itself if that is in our layout, no average, and has a mask for each path.
     """
-    operators, layout = _operators(model), layout_of(raw)
+    operators = _operators(model)
+    found = _translated(raw, model, own, operators)
+    masks = {
+        f'{name}.group_mask': len(operator.group_mask) for name, operator in operators.items()
+        if isinstance(operator, ShiftwiseConv2d)
+    }
+    shared = {key: paths for key, paths in masks.items() if key in found.state and found.state[key].ndim == 2}
+    if not shared:
+        return found
+    state = {**found.state, **{key: of_each_path(found.state[key], paths) for key, paths in shared.items()}}
+    return found._replace(state=state)
+
+
+def _translated(
+        raw: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tensor],
+        operators: Mapping[str, Operator]) -> _Translation:
+    layout = layout_of(raw)
     if layout == VERSION_0_1:
         return _from_version_0_1(raw, operators, own)
     if layout == AUTHORS:
@@ -330,6 +349,8 @@ def _as_integers(raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
     changed = {}
     for key, value in raw.items():
         if key in own and not own[key].is_floating_point() and value.is_floating_point() and not value.is_meta:
+            if value.isnan().any():
+                continue  # which no integer stands for
             up = value.ceil()
             if torch.equal(up, value) or key.rpartition('.')[2] not in ('wiring', 'built_for'):
                 changed[key] = up.to(own[key].dtype)
@@ -361,9 +382,23 @@ def _misfits(
             continue
         operator = operators.get(key.rpartition('.')[0])
         problem = operator.wrong_table(key, state[key]) if operator else ''
+        problem = problem or _wrong_values(key, state[key], wanted)
         if problem:
             found.append((key, problem))
     return found + [(key, f'{key} is left over') for key in state if key not in own and not key.endswith(_COUNTER)]
+
+
+def _wrong_values(key: str, value: Tensor, wanted: Tensor) -> str:
+    """What is wrong with the values of a tensor that is no table of an operator; empty if nothing."""
+    if value.is_meta:
+        return ''
+    if value.is_complex() and not wanted.is_complex():
+        return f'{key} is complex, the model real'
+    if key.startswith('sparsity.'):
+        return wrong_state(key, value)
+    if value.is_floating_point() and value.numel() and math.isnan(value.min()):
+        return f'{key} holds NaN: the run that it is from had diverged'
+    return ''
 
 
 def _refuse(problems: list[str], raw: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:

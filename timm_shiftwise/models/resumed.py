@@ -4,13 +4,12 @@ A checkpoint in the released order is brought into ours when it is loaded (``lay
 knew of the weights, such as their moments, is not.
 """
 import weakref
-from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from timm_shiftwise.sparsity.follow import follow
+from timm_shiftwise.sparsity.optimizer_state import has_stepped
 
 _guards: 'weakref.WeakKeyDictionary[nn.Module, _Guard]' = weakref.WeakKeyDictionary()
 
@@ -42,13 +41,13 @@ class _Guard:
         network = None if self._is_done else self._network()
         return [] if network is None else list(network.parameters())
 
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, held: list[int]) -> None:
         """Look whether the optimiser comes from an earlier run.
 
         Raises:
             RuntimeError: If it does.
         """
-        if any(_has_stepped(optimizer.state.get(parameter)) for parameter in self.followed_parameters()):
+        if any(has_stepped(optimizer.state.get(parameter)) for parameter in self.followed_parameters()):
             raise RuntimeError(
                 'The weights come from a checkpoint in another order of channels, that of version 0.1 or of the '
                 'authors, and were brought into the order of this version. The optimizer already holds state of them, '
@@ -57,14 +56,5 @@ class _Guard:
                 '--resume FILE.')
         self._is_done = True
 
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer, held: list[int]) -> None:
         """Nothing is left to do."""
-
-
-def _has_stepped(state: Mapping[str, Any] | None) -> bool:
-    """Whether an optimiser's state of a parameter comes from steps: Adagrad has a state before its first."""
-    if not state:
-        return False
-    if 'step' in state:
-        return float(state['step']) > 0
-    return any(isinstance(value, Tensor) for value in state.values())

@@ -2,6 +2,6 @@
 from .autocast import in_autocast_dtype
 from .layout import contiguous_gradient
 from .shift_add import shift_add
-from .shiftwise_conv import keep_groups, shiftwise_conv2d
+from .shiftwise_conv import shiftwise_conv2d
 
-__all__ = ['contiguous_gradient', 'in_autocast_dtype', 'keep_groups', 'shift_add', 'shiftwise_conv2d']
+__all__ = ['contiguous_gradient', 'in_autocast_dtype', 'shift_add', 'shiftwise_conv2d']

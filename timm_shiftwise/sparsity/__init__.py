@@ -1,4 +1,4 @@
 """Grouped shift-wise sparsity: which small kernels are kept, and how that changes while a network trains."""
-from .schedule import SparsitySchedule, keep_masks
+from .schedule import SparsitySchedule, keep_masks, wrong_state
 
-__all__ = ['SparsitySchedule', 'keep_masks']
+__all__ = ['SparsitySchedule', 'keep_masks', 'wrong_state']

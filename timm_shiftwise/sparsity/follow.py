@@ -1,11 +1,12 @@
 """Following "after the optimiser stepped" from the model's side.
 
 A training script that knows nothing of sparsity calls ``optimizer.step()`` and no more. PyTorch has hooks around the
-step of every optimiser; through them a schedule hears of the steps of the optimiser that holds its weights. Schedules
+step of every optimiser; through them a schedule hears of the steps of the optimisers that hold its weights. Schedules
 are held weakly: one whose model is gone is no longer followed, and with the last one the hooks go too.
 """
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +18,12 @@ class Follower(Protocol):
     """What hears of optimiser steps."""
 
     def followed_parameters(self) -> list[nn.Parameter]:
-        """Parameters any of which tells that an optimiser is the one to listen to."""
+        """Parameters any of which tells that an optimiser is one to listen to."""
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Called before a step that will be taken, gradients in place."""
+    def before_step(self, optimizer: Optimizer, held: list[int]) -> None:
+        """Called before a step that will be taken, gradients in place, with the places of the parameters it is of."""
 
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer, held: list[int]) -> None:
         """Called after a step that was taken."""
 
 
@@ -54,14 +55,32 @@ def _forget(key: int) -> None:
                 _handles.pop().remove()
 
 
-def _listeners(optimizer: Optimizer) -> list[Follower]:
+def at_end_of_backward(function: Callable[[], None]) -> bool:
+    """Call a function when the backward pass that is running is through.
+
+    Returns:
+        Whether one is running.
+    """
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(function)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _listeners(optimizer: Optimizer) -> list[tuple[Follower, list[int]]]:
     with _lock:
         alive = [follower for ref in _followers.values() if (follower := ref()) is not None]
     followed = [(follower, parameters) for follower in alive if (parameters := follower.followed_parameters())]
     if not followed:
         return []
-    held = {id(p) for group in optimizer.param_groups for p in group['params']}
-    return [follower for follower, parameters in followed if any(id(p) in held for p in parameters)]
+    of_optimizer = {id(p) for group in optimizer.param_groups for p in group['params']}
+    listeners = []
+    for follower, parameters in followed:
+        held = [i for i, p in enumerate(parameters) if id(p) in of_optimizer]
+        if held:
+            listeners.append((follower, held))
+    return listeners
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
@@ -75,13 +94,13 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not _is_skipped(optimizer):
-        for follower in _listeners(optimizer):
-            follower.before_step(optimizer)
+        for follower, held in _listeners(optimizer):
+            follower.before_step(optimizer, held)
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not _is_skipped(optimizer):
-        for follower in _listeners(optimizer):
-            follower.after_step(optimizer)
+        for follower, held in _listeners(optimizer):
+            follower.after_step(optimizer, held)

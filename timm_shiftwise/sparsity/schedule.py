@@ -3,7 +3,10 @@
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.3; SLaK (arXiv 2207.03620), Section 4.
 """
 import logging
-from typing import cast
+import warnings
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +14,12 @@ from torch.optim.optimizer import Optimizer
 
 from timm_shiftwise.layers import ShiftwiseConv2d
 
-from .follow import follow
-from .masks import prune_and_regrow, prune_rate_at, random_mask, snip_counts, snip_saliency, uniform_counts
+from .follow import at_end_of_backward, follow
+from .masks import first_masks, prune_and_regrow, prune_rate_at, snip_counts, snip_saliency, uniform_counts
+from .optimizer_state import exchange_state
+from .run_length import RunLength
 from .sharding import multiply, whole
+from .steps import Step, Steps
 
 _logger = logging.getLogger(__name__)
 
@@ -27,14 +33,21 @@ RUNNING = 1
 FIXED = 2
 """Masks stay as they are: weights that are fine-tuned keep theirs."""
 
+LARGEST = {'phase': FIXED, 'step': 2 ** 62}
+"""The largest value that each buffer may hold."""
+
+States = Mapping[int, list[Mapping[str, Any]]]
+"""What the optimisers that hold a layer's kernels know of them, by the layer's place in the network."""
+
 
 class SparsitySchedule(nn.Module):
     """Prunes and regrows the groups of a network's shift-wise operators while it trains.
 
-    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each layer
-    keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each layer loses its kept groups of
-    smallest magnitude and grows as many others, from zero. The share removed decays by a cosine to 0.005 over
-    ``sparsity_steps``, after which the masks stay.
+    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each path of
+    each layer keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each loses its kept groups of
+    smallest magnitude and grows as many drawn at random, from zero. Every ``mask_sharing_interval``-th time the paths
+    of a layer get one mask, otherwise each exchanges groups of its own. The share removed decays by a cosine to 0.005
+    over ``sparsity_steps``, after which the masks stay. `docs/training.md` compares this with the authors' release.
 
     The state (masks in the layers, phase and step here) lives in buffers: a resumed run goes on where it stopped, and
     EMA copies and ranks stay in step. Weights loaded through ``pretrained=True``, and weights that meet a new
@@ -48,6 +61,8 @@ class SparsitySchedule(nn.Module):
         sparsity_init: ``'snip'`` or ``'uniform'`` (the same share in every layer).
         sparsity_steps: Length of the run in optimiser steps.
         sparsity_seed: Seed of the draws.
+        mask_sharing_interval: Updates from one that gives the paths of a layer one mask to the next that does; 1 for
+            every update.
         device: Device of the buffers.
 
     Raises:
@@ -58,7 +73,8 @@ class SparsitySchedule(nn.Module):
 
     def __init__(
             self, stages: list[list[ShiftwiseConv2d]], sparsity: float, prune_rate: float, prune_interval: int,
-            sparsity_init: str = 'snip', sparsity_steps: int = 93_900, sparsity_seed: int = 0, device=None) -> None:
+            sparsity_init: str = 'snip', sparsity_steps: int = 93_900, sparsity_seed: int = 0,
+            mask_sharing_interval: int = 1, device=None) -> None:
         super().__init__()
         if not _is_number(sparsity) or not 0 <= sparsity < 1:
             raise ValueError(f'sparsity must be at least 0 and below 1, got {sparsity!r}.')
@@ -67,6 +83,7 @@ class SparsitySchedule(nn.Module):
         _check_integer('prune_interval', prune_interval, 1)
         _check_integer('sparsity_steps', sparsity_steps, 1)
         _check_integer('sparsity_seed', sparsity_seed, 0)
+        _check_integer('mask_sharing_interval', mask_sharing_interval, 1)
         if sparsity_init not in INITIALISATIONS:
             raise ValueError(f'sparsity_init must be one of {INITIALISATIONS}, got {sparsity_init!r}.')
         self.sparsity = sparsity
@@ -75,30 +92,40 @@ class SparsitySchedule(nn.Module):
         self.sparsity_init = sparsity_init
         self.sparsity_steps = sparsity_steps
         self.sparsity_seed = sparsity_seed
+        self.mask_sharing_interval = mask_sharing_interval
         # a tuple, not a ModuleList: the layers belong to the network, which names them in its state dict
         self._stages = tuple(tuple(stage) for stage in stages)
         self.register_buffer('phase', torch.tensor(WAITING, dtype=torch.int64, device=device))
         self.register_buffer('step', torch.tensor(0, dtype=torch.int64, device=device))
-        # what the buffers hold, so that a step on an accelerator need not wait for their values
-        self._phase = WAITING
-        self._step = 0
-        self._fresh_optimizer = False
+        # what was last read from the buffers, and which tensors, how often written, that was
+        self._known = WAITING, 0
+        self._written: list[tuple[int, int]] = []
+        self._steps = Steps()
+        self._scores: dict[int, Tensor | None] = {}  # until the masks are drawn
+        self._run = RunLength(sparsity_steps)
+        self._has_warned = False
         if self.sparsity > 0:
             follow(self)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        super().__setstate__({**state, '_written': [], '_scores': {}})
         if self.sparsity > 0:
             follow(self)  # a copy trains as the original does
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        errors = args[-1]
+        for name in LARGEST:
+            key = f'{prefix}{name}'
+            problem = wrong_state(key, state_dict[key]) if key in state_dict else ''
+            if problem:
+                errors.append(f'{problem}.')
+                state_dict[key] = getattr(self, name)  # nothing is changed
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.phase.device.type != 'meta':
-            self._phase, self._step = int(self.phase), int(self.step)
+        self._written = []
 
     def reset_parameters(self) -> None:
         """Go back to before the first step, as a new network is."""
-        self._set(WAITING, 0)
+        self._write(WAITING, 0)
 
     def fuse(self) -> nn.Module:
         """What stands in the schedule's place in a network for inference: nothing."""
@@ -111,7 +138,7 @@ class SparsitySchedule(nn.Module):
 
     @torch.jit.ignore
     def sparsity_per_stage(self) -> list[float]:
-        """Share of pruned groups in each stage, as the masks stand."""
+        """Share of pruned groups in each stage, those of every path counted, as the masks stand."""
         shares = []
         for stage in self._stages:
             masks = torch.cat([layer.group_mask.flatten() for layer in stage])
@@ -120,86 +147,134 @@ class SparsitySchedule(nn.Module):
 
     @torch.jit.ignore
     def followed_parameters(self) -> list[nn.Parameter]:
-        """See :class:`timm_shiftwise.sparsity.follow.Follower`.
-
-        Raises:
-            RuntimeError: If a wrapper took the weights of a network in training apart, so that no optimiser holds them.
-        """
-        weights = [layer.kernels for layer in self.layers()]
-        if self.training and not all(isinstance(weight, nn.Parameter) and weight.ndim == 5 for weight in weights):
-            raise RuntimeError(
-                'The sparsity schedule cannot follow weights that are no parameters of their own any more: '
-                'FullyShardedDataParallel flattens them. Shard the network by torch.distributed.fsdp.fully_shard, or '
-                'create it with sparsity=0.')
-        return weights
-
-    def _trained(self) -> list[tuple[int, ShiftwiseConv2d]]:
-        """The layers that have gradients, with their index: frozen ones, and those that features drop, have none."""
-        return [(i, layer) for i, layer in enumerate(self.layers()) if layer.kernels.grad is not None]
+        """See :class:`timm_shiftwise.sparsity.follow.Follower`; none of weights that cannot be followed."""
+        if self.phase.is_meta:
+            return []
+        weights, lost = [], []
+        for i, stage in enumerate(self._stages):
+            for j, layer in enumerate(stage):
+                weight = layer._parameters.get('kernels')
+                if weight is None or weight.ndim != 5:
+                    lost.append(f'stages.{i}.blocks.{j}.conv_dw.kernels')
+                else:
+                    weights.append(weight)
+        if not lost:
+            return weights
+        if self.training and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f'The sparsity schedule of a network does not prune it: {lost[0]} is no parameter of its own any more, '
+                'so that no optimiser tells of its steps. FullyShardedDataParallel flattens weights: shard the network '
+                'by torch.distributed.fsdp.fully_shard. Parametrizations replace them. For a network that is to stay '
+                'as it is, sparsity=0 says so.', stacklevel=2)
+        return []
 
     @torch.jit.ignore
-    def before_step(self, optimizer: Optimizer) -> None:
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, held: list[int]) -> None:
         """Draw the masks at the first step, whose gradients tell the densities."""
-        self._fresh_optimizer = len(optimizer.state) == 0
-        if self._phase == WAITING and self._trained():
-            self._draw_masks(optimizer)
+        weights = self.followed_parameters()
+        in_backward = at_end_of_backward(self._end_backward)
+        last = self._steps.begin(optimizer, held, weights, in_backward)
+        if last is not None:
+            self._count(last)
+        if self._state()[0] != WAITING:
+            return
+        for i, weight in enumerate(weights):
+            # layers that are frozen, and those that features drop, have no gradient
+            if weight.grad is not None and i not in self._scores:
+                self._scores[i] = self._score(weight)
+        if self._scores and not in_backward:
+            self._draw_masks({i: [optimizer.state.get(weights[i], {})] for i in held})
 
     @torch.jit.ignore
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Count the step, and prune and regrow when the interval is over."""
-        if self._phase != RUNNING:
+    def after_step(self, optimizer: Optimizer, held: list[int]) -> None:
+        """Count the network's step if this completes it, and prune and regrow when the interval is over."""
+        step = self._steps.end(optimizer, held, self.followed_parameters())
+        if step is None:
             return
-        if self._step > 0 and self._fresh_optimizer and len(optimizer.state) > 0:
-            # weights that have trained meet an optimiser that has not: somebody fine-tunes them
-            self._set(FIXED, self._step)
-            _log('Fine-tuning keeps the masks of the loaded weights; pruned groups per stage: %s.', self._shares())
-            return
-        self._set(RUNNING, self._step + 1)
-        if self._step % self.prune_interval == 0 and self._step < self.sparsity_steps:
-            self._update_masks(optimizer)
+        self._count(step)
+        phase, number = self._state()
+        if phase == RUNNING and _is_first_rank():
+            self._run.notice(optimizer, number)
 
-    def _draw_masks(self, optimizer: Optimizer) -> None:
-        trained = self._trained()
+    @torch.no_grad()
+    def _end_backward(self) -> None:
+        step = self._steps.close(self.followed_parameters())
+        if step is not None:
+            self._count(step)
+
+    def _count(self, taken: Step) -> None:
+        if self._state()[0] == WAITING and self._scores:
+            self._draw_masks(taken.states)
+        phase, step = self._state()
+        if phase == RUNNING and step > 0 and taken.is_first:
+            # weights that have trained meet optimisers that have not: somebody fine-tunes them
+            phase = FIXED
+            self._write(phase, step)
+            _log('Fine-tuning keeps the masks of the loaded weights; pruned groups per stage: %s.', self._shares())
+        if phase == RUNNING:
+            step += 1
+            self._write(phase, step)
+            if step % self.prune_interval == 0 and step < self.sparsity_steps:
+                self._update_masks(step, taken.states)
+                return
+        if phase != WAITING:
+            # some optimisers, such as Kron, move weights that have no gradient
+            layers = self.layers()
+            for i in taken.states:
+                multiply(layers[i].kernels, layers[i].group_mask[..., None, None])
+
+    def _score(self, weight: nn.Parameter) -> Tensor | None:
+        """What decides how many groups each path of a layer keeps, [P, C, K]; None if it is the same share in all."""
+        return snip_saliency(whole(weight), whole(cast(Tensor, weight.grad))) if self.sparsity_init == 'snip' else None
+
+    def _draw_masks(self, states: States) -> None:
+        layers, scores = self.layers(), dict(sorted(self._scores.items()))
+        self._scores.clear()
         if self.sparsity_init == 'snip':
-            saliencies = [
-                snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad))) for _, layer in trained]
-            counts = snip_counts(saliencies, self.sparsity)
+            counts = snip_counts([path for score in scores.values() for path in cast(Tensor, score)], self.sparsity)
         else:
-            counts = uniform_counts([layer.group_mask.numel() for _, layer in trained], self.sparsity)
-        for (index, layer), count in zip(trained, counts, strict=True):
-            channels, maps = layer.group_mask.shape
-            mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
-            self._put_mask(layer, mask, mask, optimizer)
-            multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[:, :, None, None])
-        self._set(RUNNING, 0)
+            counts = uniform_counts([path.numel() for i in scores for path in layers[i].group_mask], self.sparsity)
+        left = iter(counts)
+        for i in scores:
+            paths, channels, maps = layers[i].group_mask.shape
+            masks = first_masks((paths, channels, maps), list(islice(left, paths)), self.sparsity_seed, i)
+            _put_masks(layers[i], masks, states.get(i, []))
+        self._write(RUNNING, 0)
         _log(
             'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
             'over %d. sparsity=0 trains the dense network.',
             100 * self.sparsity, self._shares(), self.prune_interval, self.sparsity_steps)
 
-    def _update_masks(self, optimizer: Optimizer) -> None:
-        rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
-        for index, layer in self._trained():
-            magnitude = whole(layer.kernels).abs().sum(dim=(0, 3, 4))
-            standing, grown = prune_and_regrow(
-                layer.group_mask, magnitude, rate, self.sparsity_seed, self._step, index)
-            shape = layer.group_mask.shape
-            self._put_mask(layer, standing.view(shape), (standing | grown).view(shape), optimizer)
+    def _update_masks(self, step: int, states: States) -> None:
+        layers = self.layers()
+        rate = prune_rate_at(step, self.sparsity_steps, self.prune_rate)
+        shared = step // self.prune_interval % self.mask_sharing_interval == 0
+        for i, known in states.items():
+            magnitude = whole(layers[i].kernels).abs().sum(dim=(3, 4))
+            masks = prune_and_regrow(layers[i].group_mask, magnitude, rate, shared, self.sparsity_seed, step, i)
+            _put_masks(layers[i], masks, known)
 
-    @staticmethod
-    def _put_mask(layer: ShiftwiseConv2d, standing: Tensor, mask: Tensor, optimizer: Optimizer) -> None:
-        """Set a mask; weights and what the optimiser knows of them stay where a group stands, else are zero."""
-        keep = standing.to(layer.kernels.device)[:, :, None, None]
-        layer.group_mask.copy_(mask)
-        multiply(layer.kernels, keep)
-        for value in optimizer.state.get(layer.kernels, {}).values():
-            if isinstance(value, Tensor) and value.shape == layer.kernels.shape:
-                multiply(value, keep)
+    def _state(self) -> tuple[int, int]:
+        """Phase and step, of which the buffers are the truth, whoever wrote them.
 
-    def _set(self, phase: int, step: int) -> None:
-        self._phase, self._step = phase, step
+        On an accelerator they are read where somebody else did, or every step would wait for it.
+        """
+        if self.phase.device.type == 'cpu':
+            return int(self.phase), int(self.step)
+        written = self._versions()
+        if written != self._written:
+            self._known, self._written = (int(self.phase), int(self.step)), written
+        return self._known
+
+    def _write(self, phase: int, step: int) -> None:
         self.phase.fill_(phase)
         self.step.fill_(step)
+        self._known, self._written = (phase, step), self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer._version) for buffer in (self.phase, self.step)]
 
     def _shares(self) -> str:
         return ', '.join(f'{100 * share:.1f} %' for share in self.sparsity_per_stage())
@@ -209,7 +284,7 @@ class SparsitySchedule(nn.Module):
         return (
             f'sparsity={self.sparsity}, prune_rate={self.prune_rate}, prune_interval={self.prune_interval}, '
             f'sparsity_init={self.sparsity_init!r}, sparsity_steps={self.sparsity_steps}, '
-            f'sparsity_seed={self.sparsity_seed}'
+            f'sparsity_seed={self.sparsity_seed}, mask_sharing_interval={self.mask_sharing_interval}'
         )
 
 
@@ -222,10 +297,41 @@ def keep_masks(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     return {**state_dict, **phases}
 
 
+def _put_masks(layer: ShiftwiseConv2d, masks: Tensor, states: list[Mapping[str, Any]]) -> None:
+    """Set masks; weights and what optimisers know of them stay where a group stands before and after."""
+    weight, masks = layer.kernels, masks.to(layer.group_mask.device)
+    keep, grown = layer.group_mask & masks, ~layer.group_mask & masks
+    layer.group_mask.copy_(masks)
+    multiply(weight, keep[..., None, None])
+    if weight.grad is not None:
+        multiply(weight.grad, masks[..., None, None])
+    exchange_state(states, weight, keep, grown)
+
+
+def wrong_state(key: str, value: Tensor) -> str:
+    """What is wrong with a phase or a step that a checkpoint holds; empty if nothing.
+
+    Args:
+        key: Its name, which ends in ``phase`` or ``step``.
+        value: The tensor.
+    """
+    if value.is_meta:
+        return ''
+    most = LARGEST[key.rpartition('.')[2]]
+    number = value.item() if value.numel() == 1 and not value.is_complex() else -1
+    if 0 <= number <= most and number == int(number):
+        return ''
+    return f'{key} must hold one integer of 0 to {most}, it holds {value.tolist()}'
+
+
 def _log(message: str, *args) -> None:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
+    if _is_first_rank():
         _logger.info(message, *args)
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
 
 
 def _is_number(value: object) -> bool:

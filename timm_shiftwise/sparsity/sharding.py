@@ -1,4 +1,6 @@
 """Tensors of which every rank holds a part: those of a network under ``torch.distributed.fsdp.fully_shard``."""
+from typing import cast
+
 from torch import Tensor
 
 
@@ -13,8 +15,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 def multiply(tensor: Tensor, factor: Tensor) -> None:
     """Multiply a tensor, or each rank's part of it, in place by a factor that every rank holds whole."""
+    part, of_factor = _parts(tensor, factor)
+    part.mul_(of_factor)
+
+
+def add(tensor: Tensor, summand: Tensor) -> None:
+    """Add to a tensor, or to each rank's part of it, in place what every rank holds whole."""
+    part, of_summand = _parts(tensor, summand)
+    part.add_(of_summand)
+
+
+def _parts(tensor: Tensor, operand: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a tensor, and of an operand that every rank holds whole."""
     mesh = getattr(tensor, 'device_mesh', None)
-    if mesh is not None:
-        from torch.distributed.tensor import DTensor, Replicate  # not imported before somebody shards
-        factor = DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    tensor.mul_(factor)
+    if mesh is None:
+        return tensor, operand
+    from torch.distributed.tensor import DTensor, Replicate  # not imported before somebody shards
+    sharded = cast(DTensor, tensor)
+    everywhere = DTensor.from_local(operand.expand(tensor.shape), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return sharded.to_local(), everywhere.redistribute(placements=sharded.placements).to_local()
