@@ -54,13 +54,34 @@ def snip_counts(saliencies: list[Tensor], sparsity: float) -> list[int]:
     return [max(count, 1) for count in counts]
 
 
+def largest_masks(magnitudes: list[Tensor], heard: list[Tensor], sparsity: float) -> list[Tensor]:
+    """Masks of the groups of largest magnitude under one threshold over all layers.
+
+    Args:
+        magnitudes: Sum of ``|w|`` of the groups of each layer.
+        heard: Which of them have a part in the output, boolean. These come before all that have none.
+        sparsity: Share of all groups to prune, 0 up to, not including, 1.
+
+    Returns:
+        A boolean mask on the CPU for each layer, counts as :func:`snip_counts` gives them.
+    """
+    above = 1 + max(magnitude.max() for magnitude in magnitudes).double()
+    scores = [magnitude.double() + above * part for magnitude, part in zip(magnitudes, heard, strict=True)]
+    masks = []
+    for score, count in zip(scores, snip_counts(scores, sparsity), strict=True):
+        mask = torch.zeros(score.shape, dtype=torch.bool)
+        mask.view(-1)[score.flatten().cpu().argsort(descending=True, stable=True)[:count]] = True
+        masks.append(mask)
+    return masks
+
+
 def uniform_counts(sizes: list[int], sparsity: float) -> list[int]:
     """Groups that each layer keeps when the share is the same in all, at least 1 each."""
     return [max(round((1 - sparsity) * size), 1) for size in sizes]
 
 
-def random_mask(shape: tuple[int, int], count: int, seed: int, step: int, layer: int) -> Tensor:
-    """A mask [C, K] on the CPU with ``count`` kept groups drawn at random."""
+def random_mask(shape: tuple[int, ...], count: int, seed: int, step: int, layer: int) -> Tensor:
+    """A mask on the CPU with ``count`` kept groups drawn at random."""
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[_order(mask.numel(), seed, step, layer)[:count]] = True
     return mask

@@ -12,12 +12,20 @@ from torch.optim.optimizer import Optimizer
 from timm_shiftwise.layers import ShiftwiseConv2d
 
 from .follow import follow
-from .masks import prune_and_regrow, prune_rate_at, random_mask, snip_counts, snip_saliency, uniform_counts
+from .masks import (
+    largest_masks,
+    prune_and_regrow,
+    prune_rate_at,
+    random_mask,
+    snip_counts,
+    snip_saliency,
+    uniform_counts,
+)
 from .sharding import multiply, whole
 
 _logger = logging.getLogger(__name__)
 
-INITIALISATIONS = ('snip', 'uniform')
+INITIALISATIONS = ('snip', 'uniform', 'magnitude')
 
 # values of the buffer `phase`
 WAITING = 0
@@ -45,7 +53,9 @@ class SparsitySchedule(nn.Module):
         sparsity: Share of all groups to prune, 0 up to, not including, 1; 0 leaves every mask as it is.
         prune_rate: Share of a layer's kept groups that the first update exchanges, 0 to 1.
         prune_interval: Optimiser steps between updates.
-        sparsity_init: ``'snip'`` or ``'uniform'`` (the same share in every layer).
+        sparsity_init: ``'snip'``, ``'uniform'`` (the same share in every layer) or ``'magnitude'``: the groups of
+            largest magnitude under one threshold over all layers, drawn by nothing. It spares what was learned: groups
+            that only branches of norm weight zero read go first, all but one of each channel in a network just grown.
         sparsity_steps: Length of the run in optimiser steps.
         sparsity_seed: Seed of the draws.
         device: Device of the buffers.
@@ -156,15 +166,7 @@ class SparsitySchedule(nn.Module):
 
     def _draw_masks(self, optimizer: Optimizer) -> None:
         trained = self._trained()
-        if self.sparsity_init == 'snip':
-            saliencies = [
-                snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad))) for _, layer in trained]
-            counts = snip_counts(saliencies, self.sparsity)
-        else:
-            counts = uniform_counts([layer.group_mask.numel() for _, layer in trained], self.sparsity)
-        for (index, layer), count in zip(trained, counts, strict=True):
-            channels, maps = layer.group_mask.shape
-            mask = random_mask((channels, maps), count, self.sparsity_seed, 0, index)
+        for (_, layer), mask in zip(trained, self._first_masks(trained), strict=True):
             self._put_mask(layer, mask, mask, optimizer)
             multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[:, :, None, None])
         self._set(RUNNING, 0)
@@ -173,12 +175,25 @@ class SparsitySchedule(nn.Module):
             'over %d. sparsity=0 trains the dense network.',
             100 * self.sparsity, self._shares(), self.prune_interval, self.sparsity_steps)
 
+    def _first_masks(self, trained: list[tuple[int, ShiftwiseConv2d]]) -> list[Tensor]:
+        if self.sparsity_init == 'magnitude':
+            return largest_masks(
+                [_magnitude(layer) for _, layer in trained], [_heard(layer) for _, layer in trained], self.sparsity)
+        if self.sparsity_init == 'snip':
+            saliencies = [
+                snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad))) for _, layer in trained]
+            counts = snip_counts(saliencies, self.sparsity)
+        else:
+            counts = uniform_counts([layer.group_mask.numel() for _, layer in trained], self.sparsity)
+        return [
+            random_mask(layer.group_mask.shape, count, self.sparsity_seed, 0, index)
+            for (index, layer), count in zip(trained, counts, strict=True)]
+
     def _update_masks(self, optimizer: Optimizer) -> None:
         rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
         for index, layer in self._trained():
-            magnitude = whole(layer.kernels).abs().sum(dim=(0, 3, 4))
             standing, grown = prune_and_regrow(
-                layer.group_mask, magnitude, rate, self.sparsity_seed, self._step, index)
+                layer.group_mask, _magnitude(layer), rate, self.sparsity_seed, self._step, index)
             shape = layer.group_mask.shape
             self._put_mask(layer, standing.view(shape), (standing | grown).view(shape), optimizer)
 
@@ -216,6 +231,24 @@ def keep_masks(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
         if isinstance(module, SparsitySchedule)
     }
     return {**state_dict, **phases}
+
+
+def _magnitude(layer: ShiftwiseConv2d) -> Tensor:
+    """Sum of ``|w|`` of every group, [C, K]."""
+    return whole(layer.kernels).abs().sum(dim=(0, 3, 4))
+
+
+def _heard(layer: ShiftwiseConv2d) -> Tensor:
+    """Which groups a branch reads whose norm has a weight other than zero, bool [C, K]."""
+    wiring = layer.wiring.transpose(0, 1)  # [C, R, 2 * G + 1]
+    branches = [
+        whole(norm.weight) != 0 if isinstance(norm, nn.BatchNorm2d) else wiring.new_ones(len(wiring), dtype=torch.bool)
+        for norm in (layer.norm_h, layer.norm_v, layer.norm_i)]
+    groups = wiring.shape[2] // 2
+    reads = torch.stack([*branches[:1] * groups, *branches[1:2] * groups, branches[2]], dim=1)  # [C, 2 * G + 1]
+    heard = wiring.new_zeros(len(wiring), layer.num_maps)
+    heard.scatter_add_(1, wiring.flatten(1).long(), reads[:, None].expand_as(wiring).flatten(1).to(heard.dtype))
+    return heard > 0
 
 
 def _log(message: str, *args) -> None:
