@@ -10,10 +10,12 @@ import torch
 from families import image, merged, unsettle
 from hub_server import HubServer, connected
 from pairwise import pairwise
+from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
 import timm_shiftwise
+from timm_shiftwise.cli import main
 from timm_shiftwise.models import CheckpointError, describe_checkpoint
 from timm_shiftwise.models.pretrained import PretrainedWeightsError
 from timm_shiftwise.sparsity.schedule import RUNNING, WAITING
@@ -413,3 +415,64 @@ def test_growing_what_timm_publishes_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         timm_shiftwise.grow(convnext())
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+def converted(source: Path, folder: Path, *arguments: str) -> str:
+    """The model card of what the command makes of a file."""
+    assert main(['convert', str(source), '--output', str(folder), *arguments]) == 0
+    return (folder / 'README.md').read_text()
+
+
+def test_a_convnext_is_converted_with_a_card_that_names_it(tmp_path):
+    source = convnext(num_classes=10)
+    torch.save(source.state_dict(), tmp_path / 'convnext.pth')
+    card = converted(tmp_path / 'convnext.pth', tmp_path / 'grown', '--to', 'test_sw_convnext', '--license', 'mit')
+    for part in ('license: mit', 'Grown from a ConvNeXt', 'Zhuang Liu', 'arxiv.org/abs/2201.03545',
+                 "accuracies are ConvNeXt's", 'liu2022convnet', 'li2024shift'):
+        assert part in card
+    assert error(timm.create_model(f'local-dir:{tmp_path / "grown"}', pretrained=True), source) < 1e-5
+
+
+def test_a_folder_of_timms_brings_its_licence_and_inputs(tmp_path):
+    source = convnext('convnext_tiny.dinov3_lvd1689m', depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
+    timm.models.save_for_hf(source, str(tmp_path / 'theirs'), safe_serialization=True)
+    card = converted(tmp_path / 'theirs', tmp_path / 'grown', '--to', 'sw_convnext_tiny', '--reparameterize')
+    assert 'license: dinov3-license' in card and 'huggingface.co/timm/convnext_tiny.dinov3_lvd1689m' in card
+    grown = timm.create_model(f'local-dir:{tmp_path / "grown"}', pretrained=True)
+    assert grown.pretrained_cfg['crop_pct'] == 1. and error(grown, source) < 1e-5
+
+
+def test_a_fine_tuned_network_still_names_the_convnext(tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    torch.save({'state_dict': timm_shiftwise.grow(convnext(num_classes=10)).state_dict()}, run / 'last.pth.tar')
+    (run / 'args.yaml').write_text('model: test_sw_convnext\npretrained: true\n')
+    assert 'Fine-tuned from weights that were grown from a ConvNeXt' in converted(run, tmp_path / 'out')
+
+
+def test_a_convnext_without_a_network_to_grow_to_is_told_the_option(tmp_path, capsys):
+    torch.save(convnext().state_dict(), tmp_path / 'convnext.pth')
+    for arguments, told in (
+            ([], 'that of a ConvNeXt'), ([], '--to test_sw_convnext'),
+            (['--to', 'sw_tiny'], 'kernel_size=7'), (['--to', 'sw_convnext_tiny'], r'depths=(1, 2, 4, 2)')):
+        assert main(['convert', str(tmp_path / 'convnext.pth'), '--output', str(tmp_path / 'out'), *arguments]) == 2
+        assert told in ' '.join(capsys.readouterr().err.split())
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_conversion_calibrates_by_a_folder_of_images(tmp_path, capsys):
+    source = convnext(num_classes=10)
+    torch.save(source.state_dict(), tmp_path / 'convnext.pth')
+    arguments = ['--to', 'test_sw_convnext', '--calibrate', str(tmp_path / 'images')]
+    (tmp_path / 'images' / 'a').mkdir(parents=True)
+    assert main(['convert', str(tmp_path / 'convnext.pth'), '--output', str(tmp_path / 'grown'), *arguments]) == 2
+    assert 'cannot be calibrated by the images in' in capsys.readouterr().err
+    for number in range(3):
+        pixels = torch.rand(40, 50, 3, generator=torch.Generator().manual_seed(number)).mul(255).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / 'images' / 'a' / f'{number}.png')
+    converted(tmp_path / 'convnext.pth', tmp_path / 'grown', *arguments)
+    grown = timm.create_model(f'local-dir:{tmp_path / "grown"}', pretrained=True)
+    assert grown.stages[0].blocks[0].conv_dw.norm_h.running_mean.abs().min() > 0
+    assert error(grown, source) < 1e-5
