@@ -60,9 +60,8 @@ def shiftwise_layer(
     """The layer of sw_tiny, part of its groups kept, with weights and statistics unlike the initial ones."""
     layer = ShiftwiseConv2d(
         dim, focus_length, kernel_size, num_paths=PATHS, num_shuffles=SHUFFLES, ghost_ratio=ghost_ratio)
-    mask = layer.group_mask
-    channels, maps = mask.shape
-    mask.copy_(random_mask((channels, maps), round(density * mask.numel()), seed=0, step=0, layer=0))
+    channels, maps = layer.kept_groups().shape
+    layer.group_mask.copy_(random_mask((channels, maps), round(density * channels * maps), seed=0, step=0, layer=0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         layer.kernels.copy_(torch.randn(layer.kernels.shape, generator=generator) * .1)
@@ -84,7 +83,7 @@ class Operator:
     def __init__(self, layer: ShiftwiseConv2d, batch: int, side: int) -> None:
         self.x = noise(batch, layer.num_worked, side, side, device=layer.kernels.device)
         self.weight = layer.kernels.detach().sum(0)
-        self.mask = layer.group_mask
+        self.mask = layer.kept_groups()
         self.wiring = layer.wiring
         self.focus_length = layer.focus_length
         self.call = Call(self.run, [self.x, self.weight])

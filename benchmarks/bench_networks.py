@@ -72,7 +72,8 @@ def create(name: str, device: torch.device) -> nn.Module:
         for index, (stage, share) in enumerate(zip(model.stages, TRAINED, strict=True)):
             for depth, block in enumerate(stage.blocks):
                 mask = block.conv_dw.group_mask
-                mask.copy_(random_mask(tuple(mask.shape), round(share * mask.numel()), seed=index, step=0, layer=depth))
+                kept = round(share * mask[0].numel())
+                mask.copy_(random_mask(tuple(mask.shape[1:]), kept, seed=index, step=0, layer=depth))
     return model.to(device)
 
 
@@ -129,7 +130,7 @@ class Training:
             if parameter.grad is None or not parameter.grad.isfinite().all():
                 raise AssertionError(f'{name}: {key} has no finite gradient.')
         for module in self.model.modules():
-            if isinstance(module, ShiftwiseConv2d) and module.kernels.grad[:, ~module.group_mask].any():
+            if isinstance(module, ShiftwiseConv2d) and module.kernels.grad[~module.group_mask].any():
                 raise AssertionError(f'{name}: a pruned group has a gradient.')
 
 

@@ -105,7 +105,7 @@ def both_ways(stage: int, backend: str, args: Any, device: torch.device) -> list
     calls: dict[tuple[str, float, str], Callable[[], Sequence[Tensor]]] = {}
     for density in DENSITIES:
         layer = shiftwise_layer(dim, focus_length, KERNEL_SIZE, density, device)
-        x, mask = noise(args.batch, layer.num_worked, side, side, device=device), layer.group_mask
+        x, mask = noise(args.batch, layer.num_worked, side, side, device=device), layer.kept_groups()
         weight = layer.kernels.detach().sum(0) * mask[:, :, None, None]
         grads = [noise(*x.shape, device=device, seed=1 + i) for i in range(3)]
         settings = x, weight, layer.wiring, mask, focus_length, 'full', backend

@@ -244,7 +244,7 @@ def draw_operator(canvas: Canvas, top: float) -> None:
         f'Every branch reads the same {GROUPS} maps of a channel, in orders of its own, drawn once and kept. '
         'Small kernels that matter least are pruned while it trains.')
 
-    kernels = layer.kernels.detach()[:, channel] * layer.group_mask[channel, :, None, None]  # [P, G, N, N]
+    kernels = layer.kernels.detach()[:, channel] * layer.group_mask[:, channel, :, None, None]  # [P, G, N, N]
     summed = kernels.sum(0)
     largest = 2.2 * kernels.std().item()
     y_title, y_top = top + 1.08, top + 1.25
@@ -339,8 +339,8 @@ def example_layer() -> ShiftwiseConv2d:
         ghost_ratio=SETTINGS['ghost_ratio'],
     )
     mask = layer.group_mask
-    kept = round((1 - SETTINGS['sparsity']) * mask.numel())
-    mask.copy_(random_mask(tuple(mask.shape), kept, seed=0, step=0, layer=0))
+    kept = round((1 - SETTINGS['sparsity']) * mask[0].numel())
+    mask.copy_(random_mask(tuple(mask.shape[1:]), kept, seed=0, step=0, layer=0))  # the same on all paths
     return layer.eval()
 
 

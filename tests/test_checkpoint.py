@@ -98,10 +98,12 @@ def test_groups_that_are_zero_are_pruned_and_stay_so_when_trained(network, name,
     masks = {}
     for key, value in state.items():
         if '.large_kernel.LoRA' in key:
-            _, i, j, *_ = key.split('.')
+            _, i, j, _, *path, _ = key.split('.')
             kept = (value.flatten(1) != 0).any(1)
             conv_dw = model.stages[int(i)].blocks[int(j)].conv_dw
-            assert torch.equal(conv_dw.group_mask.flatten(), kept)
+            # a path's own; where the paths were merged, that of all
+            for mask in conv_dw.group_mask if merged else conv_dw.group_mask[int(path[-1])][None]:
+                assert torch.equal(mask.flatten(), kept)
             masks[conv_dw] = conv_dw.group_mask.clone()
     assert 0.3 < 1 - torch.cat([mask.flatten() for mask in masks.values()]).float().mean() < 0.5
     model.train()
@@ -324,7 +326,7 @@ def test_an_average_of_checkpoints_keeps_what_any_of_them_keeps(family, tmp_path
     for seed, model in enumerate(models):
         unsettle(model, seed)
         for layer in model.sparsity.layers():
-            layer.kernels.data *= layer.group_mask[:, :, None, None]
+            layer.kernels.data *= layer.group_mask[..., None, None]
     seen = make(family)
     timm.models.load_checkpoint(seen, save(averaged([model.state_dict() for model in models]), tmp_path))
     parts = [[layer for layer in model.modules() if isinstance(layer, ShiftwiseConv2d)] for model in (seen, *models)]
@@ -333,6 +335,24 @@ def test_an_average_of_checkpoints_keeps_what_any_of_them_keeps(family, tmp_path
         torch.testing.assert_close(layer.kernels, torch.stack([other.kernels for other in others]).mean(0))
         for name, table in others[0].named_buffers(recurse=False):
             assert name == 'group_mask' or torch.equal(getattr(layer, name), table), name
+
+
+@pytest.mark.parametrize('wrap', [lambda model: model, nn.Sequential, nn.DataParallel])
+@pytest.mark.parametrize('assign', [False, True])
+def test_a_mask_that_is_one_for_all_paths_becomes_each_ones(wrap, assign):
+    model = make('sw')
+    outer = wrap(model)
+    state = outer.state_dict()
+    masks = {}
+    for key, value in state.items():
+        if key.endswith('group_mask'):
+            assert value.ndim == 3 and not torch.equal(*value)
+            masks[key] = state[key] = value[0].clone()
+    outer.load_state_dict(state, assign=assign)
+    for layer, mask in zip(model.sparsity.layers(), masks.values(), strict=True):
+        assert torch.equal(layer.group_mask, torch.stack([mask] * 2))
+        layer.group_mask[0] = False
+        assert layer.group_mask[1].any(), 'the paths share memory'
 
 
 @pytest.mark.parametrize('table', ['wiring', 'built_for'])

@@ -231,7 +231,7 @@ def test_a_card_says_what_the_network_is_and_costs(tmp_path):
     assert f'Params (M): {sum(p.numel() for p in model.parameters()) / 1e6:.3g}' in card
     assert 'Image size: 64 x 64' in card and 'as trained' in card and 'Trained on flowers.' in card
     shares = [float(share) for share in re.findall(r'Stage \d: ([\d.]+)% of the groups pruned', card)]
-    masks = [[b.conv_dw.group_mask.flatten() for b in stage.blocks] for stage in model.stages]
+    masks = [[b.conv_dw.kept_groups().flatten() for b in stage.blocks] for stage in model.stages]
     assert shares == pytest.approx([100 * (1 - torch.cat(m).float().mean().item()) for m in masks], abs=0.06)
     assert 'Results' not in card
     assert card.index('## Model Details') < card.index('## Model Usage') < card.index('## Citation')

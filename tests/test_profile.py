@@ -49,8 +49,8 @@ def prune(model: nn.Module, density: float) -> int:
     blocks = [block for stage in model.stages for block in stage.blocks]
     for index, block in enumerate(blocks):
         mask = block.conv_dw.group_mask
-        count = max(1, int(mask.numel() * density) - index)
-        mask.copy_(random_mask(tuple(mask.shape), count, 0, 0, index))
+        count = max(1, int(mask[0].numel() * density) - index)
+        mask.copy_(random_mask(tuple(mask.shape[1:]), count, 0, 0, index))
         kept += count
     return kept
 
@@ -165,7 +165,7 @@ def test_multiply_adds_of_small_kernels_are_those_that_pytorch_counts(family):
     for stage, measured in zip(model.stages, profile.stages, strict=True):
         operator = stage.blocks[0].conv_dw
         weight = operator.kernels.sum(0).flatten(0, 1).unsqueeze(1)
-        x = torch.empty(1, len(weight) // operator.group_mask.shape[1], measured.height, measured.width, device='meta')
+        x = torch.empty(1, len(weight) // operator.num_maps, measured.height, measured.width, device='meta')
         with FlopCounterMode(display=False) as counter:
             F.conv2d(x, weight, padding=small_padding(operator.kernel_size, operator.padding), groups=x.shape[1])
         assert measured.depthwise.ours.multiply_adds == measured.blocks * counter.get_total_flops() // 2
@@ -205,7 +205,7 @@ def test_a_given_sparsity_prunes_every_layer_alike(family):
     shares = [.9, .5, .2]
     profile = profile_model(model, sparsity=shares)
     wanted = [
-        sum(uniform_counts([block.conv_dw.group_mask.numel()], share)[0] for block in stage.blocks)
+        sum(uniform_counts([block.conv_dw.kept_groups().numel()], share)[0] for block in stage.blocks)
         for stage, share in zip(model.stages, shares, strict=True)
     ]
     assert [stage.kept for stage in profile.stages] == wanted
@@ -276,10 +276,10 @@ def test_the_way_is_chosen_by_the_groups_that_are_kept(family, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     model = build(family)
     for block in (block for stage in model.stages for block in stage.blocks):
-        block.conv_dw.group_mask[:, 1:] = False  # one group of each channel
+        block.conv_dw.group_mask[:, :, 1:] = False  # one group of each channel
     dense, sparse = profile_model(build(family)), profile_model(model)
     given = profile_model(build(family), sparsity=1 - sparse.stages[0].density)
-    for profile, share in ((dense, 1.), (sparse, 1 / model.stages[0].blocks[0].conv_dw.group_mask.shape[1])):
+    for profile, share in ((dense, 1.), (sparse, 1 / model.stages[0].blocks[0].conv_dw.num_maps)):
         assert f'{share:.0%} of the groups are kept' in profile.stages[0].way.reason
     assert given.stages[0].way == sparse.stages[0].way
     assert '100% of the groups' not in sparse.stages[0].way.reason
@@ -442,7 +442,7 @@ def test_a_hub_folder_is_measured(capsys, tmp_path, sparse, merge):
 def test_weights_that_come_with_a_network_are_measured(capsys):
     printed = run_json(capsys, 'profile', 'test_sw', '--pretrained')
     model = timm.create_model('test_sw', pretrained=True)
-    kept = sum(int(block.conv_dw.group_mask.sum()) for stage in model.stages for block in stage.blocks)
+    kept = sum(int(block.conv_dw.kept_groups().sum()) for stage in model.stages for block in stage.blocks)
     assert printed['kept'] == kept
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from sparse_runs import make_model, masks_of, pruned_weights, same, train_steps
 from timm.utils import ModelEmaV3
 
 from timm_shiftwise.layers import ShiftwiseConv2d
@@ -33,48 +34,29 @@ OPTIMIZERS = {
 }
 
 
-def make_model(**kwargs) -> torch.nn.Module:
-    settings = dict(prune_interval=2, sparsity_steps=20, backend='torch', num_classes=5)
-    return timm.create_model('test_sw', **dict(settings, **kwargs))
-
-
-def train_steps(model, optimizer, steps: int, seed: int = 0, before=None) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = torch.randn(4, 3, 32, 32, generator=generator)
-        target = torch.randint(0, 5, (4,), generator=generator)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), target).backward()
-        if before:
-            before()
-        optimizer.step()
-
-
-def masks_of(model) -> list[torch.Tensor]:
-    return [layer.group_mask.clone() for layer in model.modules() if isinstance(layer, ShiftwiseConv2d)]
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_a_pruned_group_is_silent_on_all_paths_and_gets_no_gradient():
+@pytest.mark.parametrize('value', [100., float('nan')])
+def test_a_pruned_group_is_silent_on_its_path_and_gets_no_gradient(value):
     layer = ShiftwiseConv2d(4, 7, 3, num_paths=3, num_shuffles=2, backend='torch', dtype=torch.float64).eval()
-    layer.group_mask[1, 2] = layer.group_mask[3, 0] = False
+    layer.group_mask[:, 1, 2] = layer.group_mask[0, 3, 0] = layer.group_mask[2, 0, 1] = False
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     out = layer(x)
     out.square().sum().backward()
-    pruned = ~layer.group_mask[None, :, :, None, None].expand_as(layer.kernels)
+    pruned = pruned_weights(layer)
     assert layer.kernels.grad[pruned].eq(0).all()
     assert layer.kernels.grad[~pruned].ne(0).all()
+    merged = layer.fuse()
+    torch.testing.assert_close(merged(x), out)
+    kept = torch.ones(4, 3, dtype=torch.bool)
+    kept[1, 2] = False
+    assert torch.equal(layer.kept_groups(), kept) and torch.equal(merged.kept_groups(), kept)
     with torch.no_grad():
-        layer.kernels[pruned] = 100.
+        layer.kernels[pruned] = value
         assert torch.equal(layer(x), out)
 
 
 def test_a_channel_without_groups_keeps_its_skip():
     layer = ShiftwiseConv2d(3, 7, 3, backend='torch').eval()
-    layer.group_mask[1] = False
+    layer.group_mask[:, 1] = False
     x = torch.randn(1, 3, 4, 4)
     # an untrained BatchNorm makes zero of zero
     torch.testing.assert_close(layer(x)[:, 1], x[:, 1])
@@ -86,7 +68,7 @@ def test_saliency_is_the_mean_of_weight_times_gradient():
     weight[:, :, 1] = 0
     grad[1, :, 2] = -3
     # group 0: mean(1, 2, 3, 4); group 1: 0; group 2: the same on one path, three times that on the other
-    assert masks.snip_saliency(weight, grad).tolist() == [[2.5, 0., 5.]]
+    assert masks.snip_saliency(weight, grad).tolist() == [[[2.5, 0., 2.5]], [[2.5, 0., 7.5]]]
 
 
 def test_one_threshold_spreads_the_groups_over_the_layers():
@@ -103,18 +85,6 @@ def test_useless_saliency_spreads_the_groups_evenly(value):
     assert masks.snip_counts(saliencies, 0.4) == [6, 12]
 
 
-def test_prune_removes_the_smallest_and_regrows_as_many_at_random():
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    magnitude = torch.tensor([[5., 1., 2.], [3., 0., 0.]])
-    standing, grown = masks.prune_and_regrow(mask, magnitude, 0.3, seed=0, step=4, layer=1)
-    # ceil(0.3 * 4) = 2 of the kept ones go: those of magnitude 1 and 2
-    assert standing.tolist() == [True, False, False, True, False, False]
-    assert int(grown.sum()) == 2
-    assert not (standing & grown).any()
-    grown_sets = {tuple(masks.prune_and_regrow(mask, magnitude, 0.3, 0, step, 1)[1].tolist()) for step in range(40)}
-    assert len(grown_sets) == 6  # every pair of the four candidates turns up
-
-
 def test_prune_rate_decays_by_a_cosine():
     assert masks.prune_rate_at(0, 100, 0.5) == pytest.approx(0.5)
     assert masks.prune_rate_at(50, 100, 0.5) == pytest.approx((0.5 + 0.005) / 2)
@@ -125,19 +95,20 @@ def test_prune_rate_decays_by_a_cosine():
 @pytest.mark.parametrize('init', ['snip', 'uniform'])
 @pytest.mark.parametrize('sparsity', [0.1, 0.4, 0.9, 0.999])
 def test_the_kept_share_is_the_target_at_every_update(init, sparsity):
-    model = make_model(sparsity=sparsity, sparsity_init=init, prune_interval=1)
+    model = make_model(sparsity=sparsity, sparsity_init=init, prune_interval=1, mask_sharing_interval=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     counts = None
     for step in range(5):
         train_steps(model, optimizer, 1, seed=step)
         now = masks_of(model)
         total = sum(m.numel() for m in now)
-        assert abs(sum(int(m.sum()) for m in now) - (1 - sparsity) * total) <= len(now)
-        assert all(m.any() for m in now)
+        paths = [path for m in now for path in m]
+        assert abs(sum(int(m.sum()) for m in now) - (1 - sparsity) * total) <= len(paths)
+        assert all(path.any() for path in paths)
         if init == 'uniform':
-            assert all(abs(int(m.sum()) - (1 - sparsity) * m.numel()) <= 1 for m in now)
-        assert counts is None or counts == [int(m.sum()) for m in now]
-        counts = [int(m.sum()) for m in now]
+            assert all(abs(int(path.sum()) - (1 - sparsity) * path.numel()) <= 1 for path in paths)
+        assert counts is None or counts == [int(path.sum()) for path in paths]
+        counts = [int(path.sum()) for path in paths]
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -148,7 +119,7 @@ def test_pruned_groups_stay_zero_under_every_optimizer(name):
     for step in range(6):
         train_steps(model, optimizer, 1, seed=step)
         for layer in model.sparsity.layers():
-            pruned = ~layer.group_mask[None, :, :, None, None].expand_as(layer.kernels)
+            pruned = pruned_weights(layer)
             assert layer.kernels[pruned].eq(0).all()
             assert layer.kernels.grad[pruned & (layer.kernels == 0)].isfinite().all()
         seen.append(masks_of(model))
@@ -172,20 +143,6 @@ def test_an_optimizer_with_closures_trains_sparse():
         optimizer.step(closure)
     assert model.sparsity.phase == RUNNING
     assert sum(int(m.sum()) for m in masks_of(model)) < sum(m.numel() for m in masks_of(model))
-
-
-def test_a_grown_group_starts_from_zero_without_memory():
-    model = make_model(prune_interval=3, prune_rate=1., sparsity_steps=10 ** 9)
-    optimizer = torch.optim.Adam(model.parameters())
-    train_steps(model, optimizer, 2)
-    before = masks_of(model)
-    train_steps(model, optimizer, 1, seed=1)
-    for layer, old in zip(model.sparsity.layers(), before, strict=True):
-        assert layer.group_mask.sum() == old.sum()
-        # all groups were exchanged: whatever is kept now has grown just now
-        assert layer.kernels.eq(0).all()
-        assert optimizer.state[layer.kernels]['exp_avg'].eq(0).all()
-        assert optimizer.state[layer.kernels]['exp_avg_sq'].eq(0).all()
 
 
 def test_masks_do_not_depend_on_the_global_generator_and_leave_it():
@@ -234,11 +191,14 @@ def test_the_ablations_are_dense(name):
 
 
 @pytest.mark.parametrize('name, settings', [
-    ('sw_tiny', (0.4, 0.5, 2000)), ('sw_base', (0.4, 0.5, 2000)), ('sw_v2_tiny', (0.3, 0.3, 100)),
+    ('sw_tiny', (0.4, 0.5, 2000, 1)),
+    *((name, (0.4, 0.3, 100, 1)) for name in ('sw_small', 'sw_base')),
+    *((f'sw_v2_{size}', (0.3, 0.3, 100, 131)) for size in ('tiny', 'small', 'base', 'large')),
 ])
 def test_the_defaults_are_the_authors(name, settings):
     schedule = timm.create_model(name, device='meta').sparsity
-    assert (schedule.sparsity, schedule.prune_rate, schedule.prune_interval) == settings
+    assert settings == (
+        schedule.sparsity, schedule.prune_rate, schedule.prune_interval, schedule.mask_sharing_interval)
 
 
 @pytest.mark.parametrize('fused', [False, True])
@@ -445,7 +405,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
 @pytest.mark.parametrize('bad', [
     dict(sparsity=1.2), dict(sparsity=1.), dict(sparsity=-0.1), dict(sparsity='much'), dict(sparsity=float('nan')),
     dict(prune_rate=1.5), dict(prune_rate=-1), dict(prune_interval=0), dict(prune_interval=2.5),
-    dict(sparsity_init='magic'), dict(sparsity_steps=0), dict(sparsity_seed=-1),
+    dict(sparsity_init='magic'), dict(sparsity_steps=0), dict(sparsity_seed=-1), dict(mask_sharing_interval=0),
 ])
 def test_bad_settings_are_named(bad):
     (name, value), = bad.items()

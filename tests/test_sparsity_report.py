@@ -35,18 +35,19 @@ each_family = pytest.mark.parametrize('name', ['sw_tiny', 'sw_v2_tiny', 'p_sw_ti
 
 
 def pruned(name: str, densities=DENSITIES, **kwargs) -> nn.Module:
-    """A network with random masks of a density for each stage."""
+    """A network with random masks of a density for each stage, the same for all paths."""
     model = timm.create_model(name, **kwargs)
     for stage, density in zip(model.stages, densities, strict=False):
         for index, block in enumerate(stage.blocks):
             mask = block.conv_dw.group_mask
-            mask.copy_(random_mask(tuple(mask.shape), max(1, round(density * mask.numel())), 1, 0, index))
+            count = max(1, round(density * mask[0].numel()))
+            mask.copy_(random_mask(tuple(mask.shape[1:]), count, 1, 0, index))
     return model
 
 
 def masks(model: nn.Module) -> list[torch.Tensor]:
-    """The masks of a network that is not merged, in order."""
-    return [block.conv_dw.group_mask for stage in model.stages for block in stage.blocks]
+    """The kept groups of a network, in order."""
+    return [block.conv_dw.kept_groups() for stage in model.stages for block in stage.blocks]
 
 
 @pytest.fixture
@@ -85,10 +86,12 @@ def test_kept_groups_are_those_of_the_masks_before_and_after_merging(name):
 def test_channels_without_a_group_are_counted():
     model = timm.create_model('test_sw')
     mask = model.stages[0].blocks[0].conv_dw.group_mask
-    mask[[0, 3, 4]] = False
-    mask[1, 0] = False
+    mask[:, [0, 3, 4]] = False
+    mask[:, 1, 0] = False
+    mask[0, 2] = False  # which the other path keeps
     layer = network_groups(model).stages[0].layers[0]
-    assert (layer.empty_channels, layer.kept) == (3, mask.numel() - 10)
+    assert (layer.empty_channels, layer.kept) == (3, mask[0].numel() - 10)
+    assert layer.path_kept == (layer.kept - 3, layer.kept)
 
 
 def test_what_has_no_groups_is_an_error():
@@ -107,6 +110,7 @@ def test_the_table_shows_every_stage_and_layer(capsys, run_folder):
     state = torch.load(run_folder / 'last.pth.tar', weights_only=True)['state_dict']
     for key, mask in state.items():
         if key.endswith('.group_mask'):
+            mask = mask.any(0)
             line = next(line for line in shown.splitlines() if key.removesuffix('.group_mask') in line)
             assert line.split()[1:4] == [str(mask.numel()), str(int(mask.sum())), f'{100 * mask.float().mean():.1f}']
     assert sum(line.startswith('stage ') for line in shown.splitlines()) == 4
@@ -122,6 +126,36 @@ def test_json_and_csv_hold_the_same_counts(capsys, run_folder):
     assert sum(layer['kept'] for layer in layers) == printed['kept'] == sum(s['kept'] for s in printed['stages'])
     assert (printed['model'], printed['dense'], printed['schedule'], printed['step']) == (
         'test_sw', False, 'running', 4200)
+
+
+@pytest.mark.parametrize('command', [['sparsity'], ['profile', 'test_sw', '--checkpoint']])
+def test_what_any_path_keeps_is_shown_and_the_share_of_each(capsys, tmp_path, command):
+    model = timm.create_model('test_sw')
+    first, second = model.stages[0].blocks[0].conv_dw.group_mask
+    first[:3] = False
+    second[2:5] = False
+    kept, total = network_groups(model).kept, network_groups(model).total
+    shares = [1 - 9 / total] * 2
+    assert kept == total - 3 and network_groups(model).path_densities == pytest.approx(shares)
+    path = str(tmp_path / 'weights.pth')
+    torch.save(model.state_dict(), path)
+    assert main([*command, path, '--format', 'json']) == 0
+    printed = json.loads(capsys.readouterr().out)
+    of_stage = printed['stages'][0]
+    assert (printed['kept'], printed['path_densities']) == (kept, pytest.approx(shares))
+    assert (of_stage['kept'], of_stage['path_densities']) == (27, pytest.approx([.7] * 2))
+    assert main([*command, path, '--format', 'csv']) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    row = next(row for row in rows if row.get('part', 'stage 1') == 'stage 1')
+    assert [float(share) for share in row['path_densities'].split()] == pytest.approx([.7] * 2)
+    assert main([*command, path]) == 0
+    shown = capsys.readouterr().out
+    assert 'by the paths 97.3 / 97.3 %' in ' '.join(shown.split())
+    assert '70.0 / 70.0 %' in shown
+    both = timm.create_model('test_sw', reparameterized=True)
+    assert network_groups(both).path_densities == () and network_groups(both).is_dense
+    second.fill_(True)
+    assert not network_groups(model).is_dense, 'a path is pruned, though not all of them'
 
 
 @pytest.mark.parametrize('kind', ['folder', 'pth', 'safetensors', 'hub', 'merged hub'])
@@ -151,7 +185,7 @@ def test_every_kind_of_checkpoint_is_read(capsys, tmp_path, kind):
 def test_groups_that_the_authors_pruned_are_recovered(capsys, tmp_path, kind, model):
     network = AuthorsNetwork(kind)
     state = network.state(pruned=.4)
-    paths: dict[str, list[torch.Tensor]] = {}
+    paths: dict[str, list[torch.Tensor]] = {}  # a group that is zero on all of them costs nothing
     for key, value in state.items():
         if '.LoRAs.' in key:
             paths.setdefault(key.split('.large_kernel.')[0], []).append(value)

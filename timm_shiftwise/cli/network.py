@@ -4,7 +4,7 @@ import ast
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from . import CommandError
 
 if TYPE_CHECKING:
     from ..models import ShiftwiseNet
+    from ..profile.kept import Counted
 
 FORMATS = ('table', 'json', 'csv')
 _ELSEWHERE = ('hf-hub:', 'hf_hub:', 'local-dir:')
@@ -110,6 +111,21 @@ def load_network(checkpoint: str, model: str | None, model_kwargs: Mapping[str, 
     except (HubError, CheckpointError) as error:
         raise CommandError(str(error)) from error
     return network, name
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return f'{100 * share:.1f} %'
+
+
+def path_shares(counted: 'Counted') -> str:
+    """The share of small kernels that each path keeps, for people."""
+    return ' / '.join(f'{100 * share:.1f}' for share in counted.path_densities) + ' %'
+
+
+def in_one_cell(values: Iterable[float]) -> str:
+    """Several numbers for one cell of CSV."""
+    return ' '.join(map(str, values))
 
 
 def print_sections(*sections: Sequence[Table | str]) -> None:

@@ -12,8 +12,11 @@ from .network import (
     add_format,
     add_model_kwargs,
     build_network,
+    in_one_cell,
     is_elsewhere,
     load_network,
+    path_shares,
+    percent,
     print_csv,
     print_json,
     print_sections,
@@ -125,11 +128,13 @@ def _network(args: argparse.Namespace) -> 'tuple[ShiftwiseNet, str]':
 
 def _summary(profile: 'NetworkProfile', source: str) -> list[Table | str]:
     ours, slak = profile.whole.ours, profile.whole.slak
+    paths = f', by the paths {path_shares(profile)}' if profile.has_paths_apart else ''
     return [
         f'[bold]{escape(profile.model)}[/] on {profile.height} x {profile.width} pixels, N = {profile.kernel_size}: '
         f'{ours.parameters:,} parameters, {_short(ours.multiply_adds)} multiply-adds an image.',
         f'SLaK of the same width: {slak.parameters:,} parameters, {_short(slak.multiply_adds)} multiply-adds.',
-        f'{_percent(profile.density)} of the groups kept ({profile.kept:,} of {profile.total:,}), {escape(source)}.'
+        f'{percent(profile.density)} of the groups kept ({profile.kept:,} of {profile.total:,}){paths}, '
+        f'{escape(source)}.'
         if profile.total else 'It is made of large kernels, which have no groups.',
     ]
 
@@ -142,17 +147,20 @@ def _table(*columns: str) -> Table:
 
 
 def _depthwise_section(profile: 'NetworkProfile') -> list[Table | str]:
+    apart = profile.has_paths_apart
     table = _table(
-        'stage', 'channels', 'M', 'G', 'map', 'kept', 'per\nchannel', 'para-\nmeters', '\nSLaK', '\nratio',
-        'multiply-\nadds', '\nSLaK', '\nratio', 'addi-\ntions')
+        'stage', 'channels', 'M', 'G', 'map', 'kept', *(['by the\npaths'] if apart else []), 'per\nchannel',
+        'para-\nmeters', '\nSLaK', '\nratio', 'multiply-\nadds', '\nSLaK', '\nratio', 'addi-\ntions')
     for stage in profile.stages:
         ghosts = f' of {stage.dim}' if stage.dim > stage.channels else ''
         table.add_row(
             str(stage.stage), f'{stage.channels}{ghosts}', str(stage.focus_length), str(stage.groups),
-            f'{stage.height} x {stage.width}', _percent(stage.density) if stage.total else '',
+            f'{stage.height} x {stage.width}', percent(stage.density) if stage.total else '',
+            *([path_shares(stage)] if apart else []),
             f'{stage.kernel_ratio:.2f}', *_depthwise_cells(stage.depthwise), end_section=stage is profile.stages[-1])
     table.add_row(
-        'all', *[''] * 4, _percent(profile.density) if profile.total else '', '', *_depthwise_cells(profile.depthwise),
+        'all', *[''] * 4, percent(profile.density) if profile.total else '',
+        *([path_shares(profile)] if apart else []), '', *_depthwise_cells(profile.depthwise),
         style='bold')
     counted = ''
     if profile.depthwise.ours.additions:
@@ -231,10 +239,11 @@ def _rows(profile: 'NetworkProfile', times: 'list[StageTime]') -> list[dict[str,
         rows.append(row)
     for row, stage in zip(rows[1:], profile.stages, strict=False):
         row.update({fact: getattr(stage, fact) for fact in _FACTS}, **_cost_values('depthwise', stage.depthwise))
+        row.update(path_densities=in_one_cell(stage.path_densities))
         row.update(way=stage.way.name, way_reason=stage.way.reason)
     rows[-1].update(
         kept=profile.kept, total=profile.total, density=profile.density,
-        **_cost_values('depthwise', profile.depthwise))
+        path_densities=in_one_cell(profile.path_densities), **_cost_values('depthwise', profile.depthwise))
     for row, timed in zip(rows[1:], times, strict=False):
         row['large_kernel_milliseconds'] = timed.large_kernel_milliseconds
         for operator in timed.operators:
@@ -246,7 +255,7 @@ def _rows(profile: 'NetworkProfile', times: 'list[StageTime]') -> list[dict[str,
 
 _FACTS = (
     'blocks', 'dim', 'channels', 'focus_length', 'groups', 'height', 'width', 'kept', 'total', 'density',
-    'kernel_ratio',
+    'path_densities', 'kernel_ratio',
 )
 
 
@@ -268,7 +277,3 @@ def _short(count: int) -> str:
         value /= 1000
     digits = 0 if not unit or value >= 99.95 else 1 if value >= 9.995 else 2
     return f'{value:.{digits}f}{unit}'
-
-
-def _percent(share: float) -> str:
-    return f'{100 * share:.1f} %'

@@ -9,13 +9,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import CommandError
-from .network import add_format, add_model_kwargs, load_network, print_csv, print_json, print_sections
+from .network import (
+    add_format,
+    add_model_kwargs,
+    in_one_cell,
+    load_network,
+    path_shares,
+    percent,
+    print_csv,
+    print_json,
+    print_sections,
+)
 
 if TYPE_CHECKING:
     from ..profile import LayerGroups, NetworkGroups
+    from ..profile.kept import Counted
 
 _BAR = 24
-_LEGEND = 'Groups: small kernels of all channels. Without: channels that lost all of theirs.'
+_LEGEND = (
+    'Groups: small kernels of all channels. Kept: by any path, which is what costs. '
+    'Without: channels that lost all of theirs.')
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -81,7 +94,9 @@ def _summary(checkpoint: str, name: str, groups: 'NetworkGroups') -> str:
         if groups.updates == 'waiting':
             kept += '. Its masks are drawn at the first step of training with sparsity'
     else:
-        kept = f'{_percent(groups.density)} of the groups kept ({groups.kept:,} of {groups.total:,})'
+        kept = f'{percent(groups.density)} of the groups kept ({groups.kept:,} of {groups.total:,})'
+        if groups.has_paths_apart:
+            kept += f', by the paths {path_shares(groups)}'
     schedule = {
         'running': f'; trained sparse for {groups.step:,} optimiser steps',
         'fixed': '; training on leaves them so',
@@ -92,7 +107,8 @@ def _summary(checkpoint: str, name: str, groups: 'NetworkGroups') -> str:
 def _table(groups: 'NetworkGroups') -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column('layer')
-    for column in ('channels', 'groups', 'kept', 'share'):
+    apart = groups.has_paths_apart
+    for column in ('channels', 'groups', 'kept', 'share', *(['by the paths'] if apart else [])):
         table.add_column(column, justify='right', no_wrap=True)
     table.add_column('', width=_BAR)
     table.add_column('without', justify='right')
@@ -100,25 +116,25 @@ def _table(groups: 'NetworkGroups') -> Table:
         ghosts = f' of {stage.dim}' if stage.dim > stage.channels else ''
         table.add_row(
             f'stage {index + 1}, M = {stage.focus_length}', f'{stage.channels}{ghosts}', f'{stage.total:,}',
-            f'{stage.kept:,}', _percent(stage.density), _bar(stage.density),
+            f'{stage.kept:,}', *_shares(stage, apart), _bar(stage.density),
             str(sum(layer.empty_channels for layer in stage.layers)), style='bold')
         for layer in stage.layers:
             table.add_row(
-                f'  {layer.name}', '', f'{layer.total:,}', f'{layer.kept:,}', _percent(layer.density),
+                f'  {layer.name}', '', f'{layer.total:,}', f'{layer.kept:,}', *_shares(layer, apart),
                 _bar(layer.density), str(layer.empty_channels), end_section=layer is stage.layers[-1])
     empty = sum(layer.empty_channels for stage in groups.stages for layer in stage.layers)
     table.add_row(
-        'all', '', f'{groups.total:,}', f'{groups.kept:,}', _percent(groups.density), _bar(groups.density), str(empty),
-        style='bold')
+        'all', '', f'{groups.total:,}', f'{groups.kept:,}', *_shares(groups, apart), _bar(groups.density),
+        str(empty), style='bold')
     return table
+
+
+def _shares(counted: 'Counted', apart: bool) -> list[str]:
+    return [percent(counted.density), *([path_shares(counted)] if apart else [])]
 
 
 def _bar(share: float) -> Bar:
     return Bar(size=1, begin=0, end=share, width=_BAR, color='cyan')
-
-
-def _percent(share: float) -> str:
-    return f'{100 * share:.1f} %'
 
 
 def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
@@ -130,6 +146,7 @@ def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
         'kept': groups.kept,
         'total': groups.total,
         'density': groups.density,
+        'path_densities': groups.path_densities,
         'stages': [
             {
                 'stage': index + 1,
@@ -140,6 +157,7 @@ def _plain(name: str, groups: 'NetworkGroups') -> dict[str, Any]:
                 'kept': stage.kept,
                 'total': stage.total,
                 'density': stage.density,
+                'path_densities': stage.path_densities,
                 'layers': [_plain_layer(layer) for layer in stage.layers],
             }
             for index, stage in enumerate(groups.stages)
@@ -153,6 +171,7 @@ def _plain_layer(layer: 'LayerGroups') -> dict[str, Any]:
         'kept': layer.kept,
         'total': layer.total,
         'density': layer.density,
+        'path_densities': layer.path_densities,
         'empty_channels': layer.empty_channels,
     }
 
@@ -161,7 +180,7 @@ def _rows(groups: 'NetworkGroups') -> list[dict[str, Any]]:
     return [
         {
             'stage': index + 1, 'channels': stage.channels, 'focus_length': stage.focus_length, 'groups': stage.maps,
-            **_plain_layer(layer),
+            **_plain_layer(layer), 'path_densities': in_one_cell(layer.path_densities),
         }
         for index, stage in enumerate(groups.stages) for layer in stage.layers
     ]

@@ -35,7 +35,7 @@ _SOURCE_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 # what train.py's --model-kwargs may hold beside arguments that the weights were made for
 _OF_THE_RUN = (
     'drop_rate', 'drop_path_rate', 'backend', 'sparsity', 'prune_rate', 'prune_interval', 'sparsity_init',
-    'sparsity_steps', 'sparsity_seed',
+    'sparsity_steps', 'sparsity_seed', 'mask_sharing_interval',
 )
 _TOLD_BY_CONFIG = (
     'tag', 'input_size', 'test_input_size', 'min_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode',

@@ -52,7 +52,7 @@ class Operator(nn.Module):
         self.num_maps = num_maps(operator, focus_length, kernel_size)
         if self.num_maps > 0:
             kept = torch.ones(self.num_worked, self.num_maps, dtype=torch.bool, device=device)
-            self.register_buffer('group_mask', kept)  # bool [C, K]
+            self.register_buffer('group_mask', kept)  # bool [C, K]; [P, C, K] where the paths are apart
         # shapes alone do not tell M: a checkpoint says for which geometry its kernels were made
         self.register_buffer('built_for', self.geometry(device))
 
@@ -60,6 +60,10 @@ class Operator(nn.Module):
         """M, N and p, int32."""
         pad = small_padding(self.kernel_size, self.padding)
         return torch.tensor((self.focus_length, self.kernel_size, pad), dtype=torch.int32, device=device)
+
+    def kept_groups(self) -> Tensor:
+        """Small kernels of each channel that any path keeps, bool [C, K]: those that cost something."""
+        return self.group_mask
 
     def settings(self) -> dict[str, Any]:
         """Arguments that build another form of the operator."""

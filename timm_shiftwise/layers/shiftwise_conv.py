@@ -26,7 +26,8 @@ class ShiftwiseConv2d(Operator):
 
     Of the input's channels some (*ghosts*) pass through untouched; the others are convolved by P parallel *paths* of G
     small kernels, summed before anything non-linear, whose maps are shifted and added into a wide, a tall and
-    a centre branch, each normalised by its own BatchNorm. The ghosts are the last channels, in and out.
+    a centre branch, each normalised by its own BatchNorm. The ghosts are the last channels, in and out. Each path keeps
+    groups of its own, bool ``group_mask`` [P, C, K]; the others count as zero and get no gradient.
 
     Args:
         dim: Number of channels in and out.
@@ -68,6 +69,7 @@ class ShiftwiseConv2d(Operator):
         wiring = released_wiring(
             self.operator, channels, focus_length, kernel_size, num_shuffles, single_centre)
         self.kernels = nn.Parameter(torch.empty(num_paths, channels, self.num_maps, kernel_size, kernel_size, **dd))
+        self.group_mask = self.group_mask.repeat(num_paths, 1, 1)  # [P, C, K]
         self.norm_h = nn.BatchNorm2d(channels, **dd)
         self.norm_v = nn.BatchNorm2d(channels, **dd)
         self.norm_i = nn.BatchNorm2d(channels, **dd) if centre_norm else nn.Identity()
@@ -87,6 +89,16 @@ class ShiftwiseConv2d(Operator):
         # model.to(memory_format=torch.channels_last) would convert the five axes of the kernels, too, and fail
         return super()._apply(lambda t: fn(t[None])[0] if t.ndim == 5 else fn(t), recurse)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        key = f'{prefix}group_mask'
+        if key in state_dict:
+            state_dict[key] = of_each_path(state_dict[key], len(self.group_mask))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def kept_groups(self) -> Tensor:
+        """See :meth:`.Operator.kept_groups`."""
+        return self.group_mask.any(0)
+
     def reset_parameters(self) -> None:
         """Draw the small kernels anew: truncated normal, standard deviation 0.02."""
         trunc_normal_(self.kernels, std=.02)
@@ -100,11 +112,11 @@ class ShiftwiseConv2d(Operator):
         worked = worked.contiguous()
         h, v, i = shiftwise_conv2d(
             worked,
-            self.kernels.sum(0),  # the paths amount to one: [C, K, N, N]
+            summed_paths(self.kernels, self.group_mask),
             self.wiring,
             self.focus_length,
             self.padding,
-            self.group_mask,
+            self.kept_groups(),
             self.backend,
         )
         out = self.norm_h(h) + self.norm_v(v)
@@ -132,9 +144,9 @@ class ShiftwiseConv2d(Operator):
         if len(folded) < len(norms):  # the centre branch has none
             folded.append((torch.ones_like(folded[0][0]), torch.zeros_like(folded[0][1])))
         scales, biases = zip(*folded, strict=True)
-        summed = self.kernels.double().sum(0) * self.group_mask[:, :, None, None]
+        summed = summed_paths(self.kernels.double(), self.group_mask)
         merge_shiftwise(merged, summed, self.wiring, scales, sum(biases))
-        merged.group_mask.copy_(self.group_mask)
+        merged.group_mask.copy_(self.kept_groups())
         return merged.train(self.training)
 
     def extra_repr(self) -> str:
@@ -144,3 +156,21 @@ class ShiftwiseConv2d(Operator):
             f'kernel_size={self.kernel_size}, paths={len(self.kernels)}, maps={self.num_maps}, '
             f'shuffles={len(self.wiring)}, ghosts={self.num_ghost}, padding={self.padding!r}'
         )
+
+
+def summed_paths(kernels: Tensor, mask: Tensor) -> Tensor:
+    """The one set of small kernels that all paths amount to.
+
+    Args:
+        kernels: Small kernels of the paths [P, C, K, N, N].
+        mask: Which of them are kept, bool [P, C, K]; whatever the others hold counts as zero.
+
+    Returns:
+        Their sum, [C, K, N, N].
+    """
+    return torch.where(mask[:, :, :, None, None], kernels, 0).sum(0)
+
+
+def of_each_path(mask: Tensor, paths: int) -> Tensor:
+    """A mask [C, K] for all paths alike as [P, C, K]; one of another number of axes as it is."""
+    return mask.repeat(paths, 1, 1) if mask.ndim == 2 else mask

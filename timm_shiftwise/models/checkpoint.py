@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
+from timm_shiftwise.layers.shiftwise_conv import of_each_path
 from timm_shiftwise.sparsity import keep_masks
 
 from .description import describe_checkpoint
@@ -69,9 +70,10 @@ def checkpoint_filter_fn(
 
     Takes our own checkpoints (unchanged), those of version 0.1, SLaK's (into ``slak_*``, and cut into small kernels for
     ``eq_slak_*``), the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``) and those of timm's
-    ConvNeXts (into ``sw_convnext_*``, which they are grown to). The authors' hold no
-    wiring, which follows from its seed; groups that are exactly zero on all paths are pruned ones, and training on
-    leaves them pruned. Where the authors merged the paths, the first path gets the kernels and the others zeros.
+    ConvNeXts (into ``sw_convnext_*``, which they are grown to). The authors' hold no wiring, which follows from its
+    seed; small kernels of a path that are exactly zero are pruned ones, and training on leaves them pruned. Where the
+    authors merged the paths, the first path gets the kernels and the others zeros, and all keep the same groups. So
+    they do where a mask is one for all paths, as in version 0.1.
 
     Args:
         state_dict: A state dict, bare or under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
@@ -254,9 +256,25 @@ def _in_own_layout(raw: dict[str, Tensor], model: nn.Module, own: Mapping[str, T
         own: The network's own state, by its names.
 
     Returns:
-        The translation; its state is ``raw`` itself if that is in our layout and no average.
+        The translation; its state is ``raw`` itself if that is in our layout, no average, and has a mask for each path.
     """
-    operators, layout = _operators(model), layout_of(raw)
+    operators = _operators(model)
+    found = _translated(raw, model, own, operators)
+    masks = {
+        f'{name}.group_mask': len(operator.group_mask) for name, operator in operators.items()
+        if isinstance(operator, ShiftwiseConv2d)
+    }
+    shared = {key: paths for key, paths in masks.items() if key in found.state and found.state[key].ndim == 2}
+    if not shared:
+        return found
+    state = {**found.state, **{key: of_each_path(found.state[key], paths) for key, paths in shared.items()}}
+    return found._replace(state=state)
+
+
+def _translated(
+        raw: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tensor],
+        operators: Mapping[str, Operator]) -> _Translation:
+    layout = layout_of(raw)
     if layout == VERSION_0_1:
         return _from_version_0_1(raw, operators, own)
     if layout == CONVNEXT:

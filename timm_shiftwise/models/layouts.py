@@ -200,7 +200,8 @@ def translate_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
             out.update((key, state[key]) for key in keys.values())
             continue
         out[f'{operator}.{MERGED_PATHS if None in keys else "kernels"}'] = weight
-        out[f'{operator}.group_mask'] = kept_groups(weight)
+        mask = kept_groups(weight)
+        out[f'{operator}.group_mask'] = mask.any(0) if None in keys else mask  # of merged paths one for all
     return out
 
 
@@ -232,14 +233,14 @@ def rename_version_0_1(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 held = {**{name: value for name, value in held.items() if name not in names}, new: joined}
         kernels = held.get('kernels')
         if 'factors' in held and kernels is not None and kernels.ndim == 4:
-            held['group_mask'] = kept_groups(kernels[None])
+            held['group_mask'] = kept_groups(kernels)
         out.update((f'{operator}.{name}', value) for name, value in held.items())
     return out
 
 
 def kept_groups(weight: Tensor) -> Tensor:
-    """Which groups are not exactly zero on all paths: [P, C, K, N, N] to bool [C, K]."""
-    return (weight != 0).any(dim=-1).any(dim=-1).any(dim=0)
+    """Which small kernels are not exactly zero: [..., N, N] to bool [...]."""
+    return (weight != 0).any(dim=-1).any(dim=-1)
 
 
 def _renamed(key: str) -> str:

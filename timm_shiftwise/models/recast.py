@@ -49,7 +49,7 @@ def cut_large_kernels(state: dict[str, Tensor], name: str, operator: ShiftwiseCo
     wide, tall, square = kernels
     pieces = torch.cat([_cut_columns(wide, size), _cut_columns(tall.mT, size).mT, square[:, None]], dim=1)[None]
     state[f'{name}.kernels'] = on_first_path(pieces, operator)  # [P, C, 2 * G + 1, N, N]
-    state[f'{name}.group_mask'] = kept_groups(pieces)
+    state[f'{name}.group_mask'] = kept_groups(pieces[0])
     return []
 
 

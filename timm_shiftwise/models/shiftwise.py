@@ -194,7 +194,7 @@ class ShiftwiseNet(nn.Module):
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
         sparsity: Share of the small kernels to prune while training, 0 up to, not including, 1; 0 trains the dense
-            network, or one whose loaded masks stay. This and the next five: see
+            network, or one whose loaded masks stay. This and the next six: see
             :class:`timm_shiftwise.sparsity.SparsitySchedule`.
         prune_rate: Share of a layer's kept groups that the first update exchanges.
         prune_interval: Optimiser steps between updates.
@@ -202,6 +202,8 @@ class ShiftwiseNet(nn.Module):
         sparsity_steps: Length of the run in optimiser steps; the default is that of 300 epochs of ImageNet-1k in
             batches of 4096.
         sparsity_seed: Seed of the masks.
+        mask_sharing_interval: Updates from one that gives all paths of an operator the same kept groups to the next
+            that does.
         reparameterized: Build the form for inference, which the weights of a network that went through
             ``timm.utils.reparameterize_model`` fit; it cannot be trained.
         backend: What computes the operator: ``'auto'``, ``'taichi'`` or ``'torch'``; None follows the environment
@@ -250,6 +252,7 @@ class ShiftwiseNet(nn.Module):
             sparsity_init: str = 'snip',
             sparsity_steps: int = 93_600,
             sparsity_seed: int = 0,
+            mask_sharing_interval: int = 1,
             reparameterized: bool = False,
             backend: str | None = None,
             device=None,
@@ -332,6 +335,7 @@ class ShiftwiseNet(nn.Module):
                 sparsity_init,
                 sparsity_steps,
                 sparsity_seed,
+                mask_sharing_interval,
                 device=device,
             )
         named_apply(_init_weights, self)

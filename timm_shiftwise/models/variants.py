@@ -8,6 +8,7 @@ _LARGE = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))
 
 _FOCUS = dict(focus_lengths=(51, 49, 47, 13))
 _SW = dict(_FOCUS, kernel_size=5, operator='sw', ghost_ratio=0.23, num_paths=2, num_shuffles=4, sparsity=0.4)
+_EXCHANGED_OFTEN = dict(prune_rate=0.3, prune_interval=100)  # as SLaK's small and base
 _SLAK = dict(_FOCUS, kernel_size=5, operator='slak')
 _EQ_SLAK = dict(_FOCUS, kernel_size=5, operator='eq_slak')
 _P_SW = dict(_FOCUS, kernel_size=5, operator='p_sw')
@@ -22,8 +23,8 @@ def _widened(size: dict[str, Any], factor: float = 1.3) -> dict[str, Any]:
 
 SHIFTWISE: dict[str, dict[str, Any]] = {
     'sw_tiny': dict(_SW, **_TINY),
-    'sw_small': dict(_SW, **_SMALL),
-    'sw_base': dict(_SW, **_BASE),
+    'sw_small': dict(_SW, **_SMALL, **_EXCHANGED_OFTEN),
+    'sw_base': dict(_SW, **_BASE, **_EXCHANGED_OFTEN),
     'slak_tiny': dict(_SLAK, **_widened(_TINY)),
     'slak_small': dict(_SLAK, **_widened(_SMALL)),
     'slak_base': dict(_SLAK, **_widened(_BASE)),
@@ -43,7 +44,7 @@ SHIFTWISE: dict[str, dict[str, Any]] = {
 }
 """Networks of ``shiftwise.py`` and ``shiftwise_convnext.py``."""
 
-_SW_V2 = dict(_SW, kernel_size=3, sparsity=0.3, prune_rate=0.3, prune_interval=100)
+_SW_V2 = dict(_SW, **_EXCHANGED_OFTEN, kernel_size=3, sparsity=0.3, mask_sharing_interval=131)
 
 SHIFTWISE_V2: dict[str, dict[str, Any]] = {
     'sw_v2_tiny': dict(_SW_V2, depths=(3, 3, 18, 3), dims=(80, 160, 320, 640)),

@@ -5,20 +5,35 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from timm_shiftwise.geometry import num_groups
+from timm_shiftwise.layers import ShiftwiseConv2d
 from timm_shiftwise.layers.operator import Operator
 from timm_shiftwise.models import ShiftwiseNet
 from timm_shiftwise.sparsity import SparsitySchedule
 
 
 class Counted:
-    """Something of whose ``total`` small kernels so many are ``kept``."""
+    """Something of whose ``total`` small kernels so many are ``kept`` by any path, and so many by each.
+
+    ``path_kept`` is empty where nothing tells the paths apart, as in a merged network.
+    """
     kept: Any
     total: Any
+    path_kept: Any
 
     @property
     def density(self) -> float:
         """Share of the small kernels that is kept; 1 where there are none, as of large kernels."""
         return self.kept / self.total if self.total else 1.
+
+    @property
+    def path_densities(self) -> tuple[float, ...]:
+        """Share of the small kernels that each path keeps."""
+        return tuple(kept / self.total for kept in self.path_kept)
+
+    @property
+    def has_paths_apart(self) -> bool:
+        """Whether a path keeps fewer small kernels than all of them together."""
+        return any(kept < self.kept for kept in self.path_kept)
 
 
 class Parts(Counted):
@@ -35,6 +50,11 @@ class Parts(Counted):
         """Small kernels, kept and pruned."""
         return sum(part.total for part in self.parts)
 
+    @property
+    def path_kept(self) -> tuple[int, ...]:
+        """Small kernels that each path keeps."""
+        return tuple(map(sum, zip(*(part.path_kept for part in self.parts), strict=True)))
+
 
 @dataclass(frozen=True)
 class LayerGroups(Counted):
@@ -42,10 +62,12 @@ class LayerGroups(Counted):
 
     Attributes:
         name: Name of the operator in the network, ``stages.0.blocks.0.conv_dw``.
-        mask: Which small kernels are kept, boolean [C, K], on the CPU.
+        mask: Which small kernels any path keeps, boolean [C, K], on the CPU.
+        path_kept: How many each path keeps.
     """
     name: str
     mask: Tensor
+    path_kept: tuple[int, ...]
 
     @property
     def kept(self) -> int:
@@ -115,8 +137,8 @@ class NetworkGroups(Parts):
 
     @property
     def is_dense(self) -> bool:
-        """Whether every small kernel is kept."""
-        return self.kept == self.total
+        """Whether every small kernel is kept, by every path."""
+        return self.kept == self.total and not self.has_paths_apart
 
 
 _PHASES = ('waiting', 'running', 'fixed')  # by the value of the schedule's buffer
@@ -144,7 +166,7 @@ def network_groups(model: nn.Module) -> NetworkGroups:
             focus_length=first.focus_length,
             groups=num_groups(first.focus_length, first.kernel_size),
             layers=tuple(
-                LayerGroups(f'stages.{i}.blocks.{j}.conv_dw', operator.group_mask.cpu())
+                LayerGroups(f'stages.{i}.blocks.{j}.conv_dw', operator.kept_groups().cpu(), kept_by_paths(operator))
                 for j, operator in enumerate(operators) if has_groups(operator)
             ),
         ))
@@ -152,6 +174,11 @@ def network_groups(model: nn.Module) -> NetworkGroups:
     if isinstance(schedule, SparsitySchedule):
         return NetworkGroups(tuple(stages), _PHASES[int(schedule.phase)], int(schedule.step))
     return NetworkGroups(tuple(stages), 'none', 0)
+
+
+def kept_by_paths(operator: Operator) -> tuple[int, ...]:
+    """How many small kernels each path of an operator keeps; empty for a merged one."""
+    return tuple(operator.group_mask.sum((1, 2)).tolist()) if isinstance(operator, ShiftwiseConv2d) else ()
 
 
 def has_groups(operator: nn.Module) -> TypeGuard[Operator]:

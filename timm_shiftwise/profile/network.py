@@ -36,6 +36,7 @@ class StageProfile(Counted):
         width: W of the stage's map.
         kept: Kept small kernels of all blocks together; 0 for large kernels.
         total: Small kernels, kept and pruned.
+        path_kept: Small kernels that each path keeps, where that is known.
         kernel_ratio: Depthwise parameters of SLaK to ours, per channel that is worked on, no group pruned.
         depthwise: The operators' kernels alone.
         whole: The whole stage, with the downsampling before it.
@@ -51,6 +52,7 @@ class StageProfile(Counted):
     width: int
     kept: int
     total: int
+    path_kept: tuple[int, ...]
     kernel_ratio: float
     depthwise: Comparison
     whole: Comparison
@@ -100,7 +102,7 @@ class NetworkProfile(Parts):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain names and values: what is counted, and the ratios."""
-        names = ('model', 'kernel_size', 'merged', 'sparsity', 'kept', 'total', 'density')
+        names = ('model', 'kernel_size', 'merged', 'sparsity', 'kept', 'total', 'density', 'path_densities')
         costs = ('stem', 'head', 'depthwise', 'whole')
         return {
             **{name: getattr(self, name) for name in names}, 'input_size': [self.height, self.width],
@@ -214,6 +216,7 @@ def _profile_stage(
         width=size[1],
         kept=sum(cost.kept for cost in costs),
         total=len(blocks) * shape.channels * shape.maps,
+        path_kept=tuple(map(sum, zip(*(cost.path_kept for cost in costs), strict=True))),
         kernel_ratio=kernel_ratio(shape.focus_length, shape.kernel_size, shape.maps) if shape.maps else 1.,
         depthwise=depthwise,
         whole=sum((cost.rest for cost in costs), depthwise + _both(beside)),
@@ -273,7 +276,8 @@ def _finite(ratio: float) -> float | None:
 
 def _plain_stage(stage: StageProfile) -> dict[str, Any]:
     names = (
-        'stage', 'blocks', 'dim', 'channels', 'focus_length', 'groups', 'kept', 'total', 'density', 'kernel_ratio')
+        'stage', 'blocks', 'dim', 'channels', 'focus_length', 'groups', 'kept', 'total', 'density', 'path_densities',
+        'kernel_ratio')
     return {
         **{name: getattr(stage, name) for name in names}, 'map_size': [stage.height, stage.width],
         'depthwise': _plain(stage.depthwise), 'whole': _plain(stage.whole),

@@ -7,7 +7,7 @@ from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftCo
 from timm_shiftwise.sparsity.masks import uniform_counts
 
 from .cost import Comparison, Cost, large_kernels, merged_kernels, small_kernels
-from .kept import has_groups
+from .kept import has_groups, kept_by_paths
 
 Operator = LargeKernelConv2d | ShiftwiseConv2d | MergedConv2d | MergedShiftConv2d
 
@@ -34,10 +34,12 @@ class OperatorCost(NamedTuple):
 
     Attributes:
         kept: Kept small kernels of all channels together; 0 for large kernels.
+        path_kept: How many of them each path keeps, where that is known.
         kernels: The kernels alone.
         rest: What is held beside them: norms, or what they were merged to.
     """
     kept: int
+    path_kept: tuple[int, ...]
     kernels: Comparison
     rest: Comparison
 
@@ -56,7 +58,7 @@ def block_operator(block: nn.Module) -> Operator:
 
 def operator_shape(operator: Operator) -> Shape:
     """Read the size of an operator."""
-    channels, maps = operator.group_mask.shape if has_groups(operator) else (operator.dim, 0)
+    channels, maps = (operator.num_worked, operator.num_maps) if has_groups(operator) else (operator.dim, 0)
     return Shape(operator.dim, channels, maps, operator.focus_length, operator.kernel_size)
 
 
@@ -75,16 +77,19 @@ def operator_cost(operator: Operator, height: int, width: int, sparsity: float |
     # SLaK's three BatchNorms, of which the merge leaves a bias
     slak_rest = _held(shape.dim if merged else 3 * 2 * shape.dim)
     if isinstance(operator, LargeKernelConv2d):
-        return OperatorCost(0, Comparison(slak, slak), Comparison(slak_rest, slak_rest))
+        return OperatorCost(0, (), Comparison(slak, slak), Comparison(slak_rest, slak_rest))
     if isinstance(operator, MergedConv2d):
         ours = merged_kernels(operator.tall.weight.numel() + operator.wide.weight.numel(), height, width)
         if not has_groups(operator):
-            return OperatorCost(0, Comparison(ours, ours), Comparison(slak_rest, slak_rest))
-    mask = operator.group_mask
+            return OperatorCost(0, (), Comparison(ours, ours), Comparison(slak_rest, slak_rest))
+    mask = operator.kept_groups()
+    path_kept: tuple[int, ...] = ()
     if sparsity is not None:
         kept = uniform_counts([mask.numel()], sparsity)[0]
+    elif mask.is_meta:
+        kept = mask.numel()
     else:
-        kept = mask.numel() if mask.is_meta else int(mask.sum())
+        kept, path_kept = int(mask.sum()), kept_by_paths(operator)
     if not isinstance(operator, MergedConv2d):
         ours = small_kernels(
             shape.channels, shape.maps, kept, shape.focus_length, shape.kernel_size, height, width,
@@ -93,7 +98,7 @@ def operator_cost(operator: Operator, height: int, width: int, sparsity: float |
             padding=operator.padding,
         )
     rest = _held(held_weights(operator) - ours.parameters)
-    return OperatorCost(kept, Comparison(ours, slak), Comparison(rest, slak_rest))
+    return OperatorCost(kept, path_kept, Comparison(ours, slak), Comparison(rest, slak_rest))
 
 
 def held_weights(module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.3; SLaK (arXiv 2207.03620), Section 4.
 """
 import logging
+from itertools import islice
 from typing import cast
 
 import torch
@@ -13,10 +14,10 @@ from timm_shiftwise.layers import ShiftwiseConv2d
 
 from .follow import follow
 from .masks import (
+    first_masks,
     largest_masks,
     prune_and_regrow,
     prune_rate_at,
-    random_mask,
     snip_counts,
     snip_saliency,
     uniform_counts,
@@ -39,10 +40,11 @@ FIXED = 2
 class SparsitySchedule(nn.Module):
     """Prunes and regrows the groups of a network's shift-wise operators while it trains.
 
-    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each layer
-    keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each layer loses its kept groups of
-    smallest magnitude and grows as many others, from zero. The share removed decays by a cosine to 0.005 over
-    ``sparsity_steps``, after which the masks stay.
+    At the first optimiser step SNIP saliency, under one threshold over all layers, says how many groups each path of
+    each layer keeps; which ones is drawn at random. Then, every ``prune_interval`` steps, each loses its kept groups of
+    smallest magnitude and grows as many drawn at random, from zero. Every ``mask_sharing_interval``-th time the paths
+    of a layer get one mask, otherwise each exchanges groups of its own. The share removed decays by a cosine to 0.005
+    over ``sparsity_steps``, after which the masks stay. `docs/training.md` compares this with the authors' release.
 
     The state (masks in the layers, phase and step here) lives in buffers: a resumed run goes on where it stopped, and
     EMA copies and ranks stay in step. Weights loaded through ``pretrained=True``, and weights that meet a new
@@ -58,6 +60,8 @@ class SparsitySchedule(nn.Module):
             that only branches of norm weight zero read go first, all but one of each channel in a network just grown.
         sparsity_steps: Length of the run in optimiser steps.
         sparsity_seed: Seed of the draws.
+        mask_sharing_interval: Updates from one that gives the paths of a layer one mask to the next that does; 1 for
+            every update.
         device: Device of the buffers.
 
     Raises:
@@ -68,7 +72,8 @@ class SparsitySchedule(nn.Module):
 
     def __init__(
             self, stages: list[list[ShiftwiseConv2d]], sparsity: float, prune_rate: float, prune_interval: int,
-            sparsity_init: str = 'snip', sparsity_steps: int = 93_600, sparsity_seed: int = 0, device=None) -> None:
+            sparsity_init: str = 'snip', sparsity_steps: int = 93_600, sparsity_seed: int = 0,
+            mask_sharing_interval: int = 1, device=None) -> None:
         super().__init__()
         if not _is_number(sparsity) or not 0 <= sparsity < 1:
             raise ValueError(f'sparsity must be at least 0 and below 1, got {sparsity!r}.')
@@ -77,6 +82,7 @@ class SparsitySchedule(nn.Module):
         _check_integer('prune_interval', prune_interval, 1)
         _check_integer('sparsity_steps', sparsity_steps, 1)
         _check_integer('sparsity_seed', sparsity_seed, 0)
+        _check_integer('mask_sharing_interval', mask_sharing_interval, 1)
         if sparsity_init not in INITIALISATIONS:
             raise ValueError(f'sparsity_init must be one of {INITIALISATIONS}, got {sparsity_init!r}.')
         self.sparsity = sparsity
@@ -85,6 +91,7 @@ class SparsitySchedule(nn.Module):
         self.sparsity_init = sparsity_init
         self.sparsity_steps = sparsity_steps
         self.sparsity_seed = sparsity_seed
+        self.mask_sharing_interval = mask_sharing_interval
         # a tuple, not a ModuleList: the layers belong to the network, which names them in its state dict
         self._stages = tuple(tuple(stage) for stage in stages)
         self.register_buffer('phase', torch.tensor(WAITING, dtype=torch.int64, device=device))
@@ -117,7 +124,7 @@ class SparsitySchedule(nn.Module):
 
     @torch.jit.ignore
     def sparsity_per_stage(self) -> list[float]:
-        """Share of pruned groups in each stage, as the masks stand."""
+        """Share of pruned groups in each stage, those of every path counted, as the masks stand."""
         shares = []
         for stage in self._stages:
             masks = torch.cat([layer.group_mask.flatten() for layer in stage])
@@ -166,9 +173,9 @@ class SparsitySchedule(nn.Module):
 
     def _draw_masks(self, optimizer: Optimizer) -> None:
         trained = self._trained()
-        for (_, layer), mask in zip(trained, self._first_masks(trained), strict=True):
-            self._put_mask(layer, mask, mask, optimizer)
-            multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[:, :, None, None])
+        for (_, layer), masks in zip(trained, self._first_masks(trained), strict=True):
+            self._put_masks(layer, masks, optimizer)
+            multiply(cast(Tensor, layer.kernels.grad), layer.group_mask[..., None, None])
         self._set(RUNNING, 0)
         _log(
             'Training sparse: %.0f %% of the small kernels are pruned (per stage: %s), exchanged every %d steps '
@@ -181,27 +188,30 @@ class SparsitySchedule(nn.Module):
                 [_magnitude(layer) for _, layer in trained], [_heard(layer) for _, layer in trained], self.sparsity)
         if self.sparsity_init == 'snip':
             saliencies = [
-                snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad))) for _, layer in trained]
-            counts = snip_counts(saliencies, self.sparsity)
+                path for _, layer in trained
+                for path in snip_saliency(whole(layer.kernels), whole(cast(Tensor, layer.kernels.grad)))]
+            counts = iter(snip_counts(saliencies, self.sparsity))
         else:
-            counts = uniform_counts([layer.group_mask.numel() for _, layer in trained], self.sparsity)
+            sizes = [path.numel() for _, layer in trained for path in layer.group_mask]
+            counts = iter(uniform_counts(sizes, self.sparsity))
         return [
-            random_mask(layer.group_mask.shape, count, self.sparsity_seed, 0, index)
-            for (index, layer), count in zip(trained, counts, strict=True)]
+            first_masks(layer.group_mask.shape, list(islice(counts, len(layer.group_mask))), self.sparsity_seed, index)
+            for index, layer in trained]
 
     def _update_masks(self, optimizer: Optimizer) -> None:
         rate = prune_rate_at(self._step, self.sparsity_steps, self.prune_rate)
+        shared = self._step // self.prune_interval % self.mask_sharing_interval == 0
         for index, layer in self._trained():
-            standing, grown = prune_and_regrow(
-                layer.group_mask, _magnitude(layer), rate, self.sparsity_seed, self._step, index)
-            shape = layer.group_mask.shape
-            self._put_mask(layer, standing.view(shape), (standing | grown).view(shape), optimizer)
+            masks = prune_and_regrow(
+                layer.group_mask, _magnitude(layer), rate, shared, self.sparsity_seed, self._step, index)
+            self._put_masks(layer, masks, optimizer)
 
     @staticmethod
-    def _put_mask(layer: ShiftwiseConv2d, standing: Tensor, mask: Tensor, optimizer: Optimizer) -> None:
-        """Set a mask; weights and what the optimiser knows of them stay where a group stands, else are zero."""
-        keep = standing.to(layer.kernels.device)[:, :, None, None]
-        layer.group_mask.copy_(mask)
+    def _put_masks(layer: ShiftwiseConv2d, masks: Tensor, optimizer: Optimizer) -> None:
+        """Set masks; weights and what the optimiser knows of them stay where a group stands before and after."""
+        masks = masks.to(layer.group_mask.device)
+        keep = (layer.group_mask & masks)[..., None, None]
+        layer.group_mask.copy_(masks)
         multiply(layer.kernels, keep)
         for value in optimizer.state.get(layer.kernels, {}).values():
             if isinstance(value, Tensor) and value.shape == layer.kernels.shape:
@@ -220,7 +230,7 @@ class SparsitySchedule(nn.Module):
         return (
             f'sparsity={self.sparsity}, prune_rate={self.prune_rate}, prune_interval={self.prune_interval}, '
             f'sparsity_init={self.sparsity_init!r}, sparsity_steps={self.sparsity_steps}, '
-            f'sparsity_seed={self.sparsity_seed}'
+            f'sparsity_seed={self.sparsity_seed}, mask_sharing_interval={self.mask_sharing_interval}'
         )
 
 
@@ -234,8 +244,8 @@ def keep_masks(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
 
 
 def _magnitude(layer: ShiftwiseConv2d) -> Tensor:
-    """Sum of ``|w|`` of every group, [C, K]."""
-    return whole(layer.kernels).abs().sum(dim=(0, 3, 4))
+    """Sum of ``|w|`` of every group, [P, C, K]."""
+    return whole(layer.kernels).abs().sum(dim=(3, 4))
 
 
 def _heard(layer: ShiftwiseConv2d) -> Tensor:
