@@ -29,7 +29,7 @@ FORMS = {
     'grown, calibrated': {},
     'grown, centre norm': WITH_NORM,
     'grown, centre norm, calibrated': WITH_NORM,
-    'grown, 60 % sparse': dict(sparsity=0.6, sparsity_init='magnitude', prune_interval=20, sparsity_steps=EPOCHS * 44),
+    'grown, 60 % sparse': dict(sparsity=0.6, prune_interval=20, sparsity_steps=EPOCHS * 44),
 }
 """Each form with what `grow` is told; None for the ConvNeXt itself."""
 

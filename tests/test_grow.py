@@ -335,7 +335,7 @@ def test_sparsity_by_magnitude_spares_what_the_convnext_brought(hub, sparsity, s
     for module in source.modules():  # kernels far below those that are drawn, and a one at their middle
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             module.weight.data.mul_(scale)[:, :, 3, 3] += 1
-    grown = pretrained(hub, source, sparsity=sparsity, sparsity_init='magnitude', **LONG).train()
+    grown = pretrained(hub, source, sparsity=sparsity, **LONG).train()
     assert int(grown.sparsity.phase) == WAITING
     optimizer = torch.optim.SGD(grown.parameters(), lr=0.)
     grown(image(2, 3, 64, 64)).square().mean().backward()

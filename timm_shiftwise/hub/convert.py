@@ -256,7 +256,7 @@ def _configure(model: ShiftwiseNet, source: Source, network: Network, license: s
     cfg.update(tag=None, license=None)
     if network.layout == 'authors':
         cfg.update(tag=AUTHORS_TAG, license=LICENSE_OF_THE_AUTHORS)
-    if network.layout == 'convnext':
+    if 'sw_convnext' in network.name:
         cfg.update(_published_convnext(source) or {'origin_url': None})
     told = source.config.get('pretrained_cfg')
     if isinstance(told, dict):
@@ -284,7 +284,7 @@ def _configure(model: ShiftwiseNet, source: Source, network: Network, license: s
 
 
 def _published_convnext(source: Source) -> dict[str, Any]:
-    """What timm says of the ConvNeXt that a folder of timm's on the Hub names; empty for others."""
+    """What timm says of the weights of a ConvNeXt that a Hub folder names; empty for others."""
     told = source.config.get('pretrained_cfg')
     name, tag = source.config.get('architecture'), told.get('tag') if isinstance(told, dict) else None
     cfg = timm.models.get_arch_pretrained_cfgs(str(name)).get(f'{name}.{tag}')

@@ -193,7 +193,7 @@ def _of_convnext(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
     elif facts.train_args.get('pretrained'):
         how = 'Fine-tuned from weights that were grown from'
     else:
-        how = 'Of an architecture that is grown from'
+        how = 'Of an architecture whose weights are, if not trained from scratch, grown from those of'
     origin = f', {cfg["origin_url"]},' if cfg.get('origin_url') else ''
     license = f', {cfg["license"]},' if cfg.get('license') else ''
     return (

@@ -23,12 +23,11 @@ from timm_shiftwise.sparsity.schedule import WAITING
 from .layouts import CheckpointError, Operator
 from .variants import SHIFTWISE
 
-SMALLEST = 'sw_convnext_tiny'
+_SMALLEST = 'sw_convnext_tiny'
 """What a ConvNeXt of an unregistered size is grown to, with its own depths and dims."""
 
 _USUAL_LICENSE = 'apache-2.0'
 _ORIGINAL = re.compile(r'^stages\.\d+\.\d+\.dwconv\.')
-_DEPTHWISE = re.compile(r'^(.+\.conv_dw)\.(weight|bias)$')
 _LINEAR = re.compile(r'^stages\..+\.mlp\.fc[12]\.weight$')
 _OTHERS = [(re.compile(pattern), reason) for pattern, reason in [
     (r'\.mlp\.grn\.', 'it is a ConvNeXt V2, whose global response normalisation these networks do not have'),
@@ -61,7 +60,7 @@ def with_linear_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: If it is a ConvNeXt that none of our networks can be; the message says why.
     """
     reason = next((reason for pattern, reason in _OTHERS if any(map(pattern.search, state))), None)
-    if reason is None and 'stages.0.blocks.0.norm.bias' not in state and 'stages.0.blocks.0.norm.weight' in state:
+    if reason is None and not any(key.endswith('.norm.bias') for key in state):
         reason = 'its norms have no bias (an _rms network)'
     sides = {tuple(value.shape[2:]) for key, value in state.items() if key.endswith('.conv_dw.weight')}
     if len(sides) > 1:
@@ -196,7 +195,7 @@ def grow(model: str | nn.Module, **kwargs: Any) -> nn.Module:
     cfg = dict(getattr(source, 'pretrained_cfg', None) or {})
     name = next(
         (name for name, variant in SHIFTWISE.items()
-         if 'sw_convnext' in name and (variant['depths'], variant['dims']) == (depths, dims)), SMALLEST)
+         if 'sw_convnext' in name and (variant['depths'], variant['dims']) == (depths, dims)), _SMALLEST)
     block, parameter = cast(Any, _blocks(source)[0][0]), source.stem[0].weight
     act_layer = type(block.mlp.act)
     network = timm.create_model(name, **{

@@ -13,7 +13,8 @@ _SLAK = dict(_FOCUS, kernel_size=5, operator='slak')
 _EQ_SLAK = dict(_FOCUS, kernel_size=5, operator='eq_slak')
 _P_SW = dict(_FOCUS, kernel_size=5, operator='p_sw')
 _SW_CONVNEXT = dict(
-    _FOCUS, kernel_size=7, operator='sw', num_shuffles=4, single_centre=True, centre_norm=False)
+    _FOCUS, kernel_size=7, operator='sw', num_shuffles=4, single_centre=True, centre_norm=False,
+    sparsity_init='magnitude')
 
 
 def _widened(size: dict[str, Any], factor: float = 1.3) -> dict[str, Any]:
