@@ -17,10 +17,10 @@ from hub_server import HubServer, connected
 from safetensors.torch import save
 
 import timm_shiftwise
-from timm_shiftwise.models.pretrained import ORGANISATION, PretrainedWeightsError, WeightsNotPublishedError
+from timm_shiftwise.models.pretrained import PretrainedWeightsError, WeightsNotPublishedError
 
 REGISTERED = 'sw_tiny.in1k'
-REPO = f'{ORGANISATION}/{REGISTERED}'
+REPO = f'timm-shiftwise/{REGISTERED}'
 SMALL = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), focus_lengths=(11, 9, 7, 5))
 """Arguments that make a registered network small enough to be sent many times."""
 
@@ -37,7 +37,9 @@ def weights(name: str = 'sw_tiny', seed: int = 0, **kwargs) -> dict[str, torch.T
 
 
 def create(name: str = 'sw_tiny', **kwargs) -> torch.nn.Module:
-    return timm.create_model(name, pretrained=True, **{**SMALL, **kwargs})
+    """A network with weights from the repository that its name would have, did somebody publish them."""
+    return timm.create_model(
+        name, pretrained=True, **{'pretrained_cfg_overlay': dict(hf_hub_id=REPO), **SMALL, **kwargs})
 
 
 def cached_files(tmp_path: Path) -> list[str]:
@@ -146,8 +148,10 @@ def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path, 
     message = str(raised.value)
     for part in (
             'No weights are published under the name sw_tiny.in1k yet', REPO, hub.endpoint,
+            "timm.create_model('sw_convnext_tiny', pretrained=True)",
             'timm-shiftwise recipe sw_tiny --data-dir IMAGENET', 'timm-shiftwise convert',
-            'https://github.com/lidc54/shift-wiseConv', 'TIMM_SHIFTWISE_ORG', 'hf-hub:', 'local-dir:'):
+            'https://github.com/lidc54/shift-wiseConv: one checkpoint, that of sw_v2_tiny',
+            'TIMM_SHIFTWISE_ORG', 'hf-hub:', 'local-dir:'):
         assert part in message
     assert isinstance(raised.value.__cause__, huggingface_hub.errors.RepositoryNotFoundError)
     assert cached_files(tmp_path) == []
@@ -155,6 +159,18 @@ def test_weights_that_nobody_published_are_told_with_the_ways_on(hub, tmp_path, 
     assert asked == [f'HEAD /{REPO}/resolve/main/model.safetensors']  # once, whatever else weights are called
     hub.add(REPO, {'model.safetensors': save(weights())})
     create()
+
+
+def test_weights_that_nobody_can_download_are_not_listed():
+    listed = {name.split('.')[0] for name in timm.list_pretrained()}
+    ours = {name for name in listed if timm.model_entrypoint(name).__module__.startswith('timm_shiftwise.')}
+    assert {name for name in ours if 'convnext' not in name} == {'test_sw'}
+
+
+def test_without_a_repository_the_ways_on_are_told_at_once(hub):
+    with pytest.raises(WeightsNotPublishedError, match=r"(?s)sw_base\.in1k yet.*'sw_convnext_base', pretrained=True"):
+        timm.create_model('sw_base', pretrained=True, **SMALL)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize('name, paper, origin', [

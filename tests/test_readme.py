@@ -18,7 +18,6 @@ from safetensors.torch import save
 from usage_code import code_blocks
 
 from timm_shiftwise.cli import main
-from timm_shiftwise.models.pretrained import ORGANISATION
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'timm_shiftwise'
@@ -60,18 +59,18 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
 def test_the_first_code_runs_with_its_comments_taken_away(tmp_path, monkeypatch):
     code = re.sub('^# model', 'model', code_blocks(README)[0], flags=re.MULTILINE)
     network = timm.create_model('sw_tiny')
-    weights = save(network.state_dict())
+    weights, convnext = save(network.state_dict()), timm.create_model('convnext_tiny')
     config = b'{"architecture": "sw_tiny", "num_classes": 1000, "model_args": {}, "pretrained_cfg": {}}'
     seen = []
     with connected(tmp_path, monkeypatch) as hub:
-        hub.add(f'{ORGANISATION}/sw_tiny.in1k', {'model.safetensors': weights})
+        hub.add('timm/convnext_tiny.in12k_ft_in1k', {'model.safetensors': save(convnext.state_dict())})
         hub.add('you/your_sw', {'model.safetensors': weights, 'config.json': config})
         create = timm.create_model
         monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: seen.append(create(*args, **kwargs)))
         exec(code, {})
-    assert [model.num_classes for model in seen] == [10, 10, 1000, 1000]
-    for model in seen[2:]:
-        assert torch.equal(logits(model), logits(network))
+    assert [model.num_classes for model in seen] == [1000, 10, 10, 1000]
+    torch.testing.assert_close(logits(seen[0]), logits(convnext), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(seen[3]), logits(network))
 
 
 @pytest.mark.slow

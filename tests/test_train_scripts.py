@@ -258,6 +258,24 @@ def test_validate_finds_the_accuracy_that_train_wrote(options, data, trained):
     assert result(output)['top1'] == pytest.approx(summary(trained)[-1]['eval_top1'], abs=0.01)
 
 
+@pytest.mark.parametrize('options', [
+    [], ['--model-kwargs', 'sparsity=0.6', 'prune_interval=3']], ids=['dense', 'sparse'])
+def test_train_fine_tunes_what_grows_from_a_convnext_and_validate_finds_its_accuracy_merged(options, data, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_convnext', ls_init_value=0.1).state_dict(), tmp_path / 'convnext.pth')
+    grown = ['--model', 'test_sw_convnext']
+    execute(train_command(
+        data, tmp_path, *grown, '--crop-pct', '1.0', '--pretrained',
+        '--pretrained-path', str(tmp_path / 'convnext.pth'), *options), cwd=tmp_path)
+    rows, state = summary(tmp_path), checkpoint(tmp_path)['state_dict']
+    assert rows[-1]['train_loss'] < rows[0]['train_loss'] < 1.2 * math.log(len(CLASSES))
+    assert (state['stages.0.blocks.0.conv_dw.norm_h.weight'] != 0).all()
+    kept = torch.cat([mask.flatten() for name, mask in state.items() if name.endswith('group_mask')])
+    assert kept.double().mean().item() == pytest.approx(0.4 if options else 1, abs=0.01)
+    output = execute(launch('validate.py', data, tmp_path / 'run' / 'last.pth.tar', *grown, '--reparam'), cwd=tmp_path)
+    assert result(output)['top1'] == pytest.approx(rows[-1]['eval_top1'], abs=0.01)
+
+
 def test_a_training_run_becomes_a_hub_folder_of_its_averaged_weights(data, trained, tmp_path):
     assert main(['convert', str(trained / 'run'), '--output', str(tmp_path / 'out')]) == 0
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()

@@ -1,7 +1,9 @@
 """Shift-wise ConvNets for timm: importing this package registers its models with timm's registry."""
-from .models import ShiftwiseNet, ShiftwiseNetV2, checkpoint_filter_fn, released_channel_order
+from .models import ShiftwiseNet, ShiftwiseNetV2, calibrate, checkpoint_filter_fn, grow, released_channel_order
 from .receptive_field import erf
 
 __version__ = '0.1.0'
 
-__all__ = ['ShiftwiseNet', 'ShiftwiseNetV2', 'checkpoint_filter_fn', 'erf', 'released_channel_order']
+__all__ = [
+    'ShiftwiseNet', 'ShiftwiseNetV2', 'calibrate', 'checkpoint_filter_fn', 'erf', 'grow', 'released_channel_order',
+]

@@ -8,6 +8,8 @@ from rich.table import Table
 from . import CommandError
 from .network import model_argument
 
+_LAYOUTS = {'authors': "the papers' authors'", 'convnext': "timm's ConvNeXt"}
+
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Declare the arguments."""
@@ -19,13 +21,18 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     )
     parser.add_argument(
         'source', metavar='SOURCE',
-        help="a checkpoint file, ours or the papers' authors', an output folder of train.py, or a Hub folder")
+        help="a checkpoint file of ours, the papers' authors' or a ConvNeXt's, a folder of train.py, or a Hub folder")
     parser.add_argument('--output', metavar='DIR', required=True, help='the folder to write')
-    parser.add_argument('--model', metavar='NAME', help='the network, where the checkpoint does not tell it')
+    parser.add_argument(
+        '--model', '--to', metavar='NAME',
+        help='the network, where the checkpoint does not tell it; what to grow a ConvNeXt to, such as sw_convnext_tiny')
     parser.add_argument(
         '--model-kwargs', metavar='NAME=VALUE', nargs='+', default=[], type=model_argument,
         help='arguments of the network that the checkpoint does not tell, such as focus_lengths=51,49,47,13')
     parser.add_argument('--reparameterize', action='store_true', help='merge the network for inference')
+    parser.add_argument(
+        '--calibrate', metavar='DIR',
+        help='a folder of images: let the norms of the operators know their statistics, without a change of the logits')
     parser.add_argument(
         '--no-ema', action='store_true', help='take the last weights, not their average, where both are there')
     parser.add_argument('--overwrite', action='store_true', help='replace the folder if there is one')
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 reparameterize=args.reparameterize,
                 use_ema=not args.no_ema,
                 overwrite=args.overwrite,
+                images_to_calibrate=args.calibrate,
                 provenance=provenance,
             )
     except (HubError, CheckpointError) as error:
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     network = done.network
     table = Table(show_header=False, box=None)
     table.add_row('Weights', escape(str(done.weights)))
-    table.add_row('Layout', "the papers' authors'" if network.layout == 'authors' else 'timm-shiftwise')
+    table.add_row('Layout', _LAYOUTS.get(network.layout, network.layout))
     table.add_row('Network', network.name)
     for name, value in network.args.items():
         table.add_row('', escape(f'{name}={value!r}'))

@@ -13,13 +13,14 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import resolve_data_config
+from timm.data import create_dataset, create_transform, resolve_data_config, resolve_model_data_config
 from timm.models import get_pretrained_cfg_value, resolve_pretrained_cfg, save_for_hf
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from timm_shiftwise.geometry import num_groups
-from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.models import ShiftwiseNet, calibrate
 from timm_shiftwise.models.checkpoint import checkpoint_filter_fn, describe_checkpoint
 from timm_shiftwise.models.pretrained import AUTHORS_TAG, LICENSE_OF_THE_AUTHORS
 from timm_shiftwise.models.variants import SHIFTWISE, SHIFTWISE_V2
@@ -31,6 +32,7 @@ from .source import Source, read_source
 
 _VARIANTS = {**SHIFTWISE, **SHIFTWISE_V2}
 _TOLERANCE = 1e-4
+_IMAGES_TO_CALIBRATE = 256
 _SOURCE_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 # what train.py's --model-kwargs may hold beside arguments that the weights were made for
 _OF_THE_RUN = (
@@ -55,7 +57,7 @@ class Network:
     Attributes:
         name: Name in timm's registry.
         args: Arguments of ``timm.create_model`` beside the name.
-        layout: Whose layout the checkpoint was in, ``'timm-shiftwise'`` or ``'authors'``.
+        layout: Whose layout the checkpoint was in, ``'timm-shiftwise'``, ``'authors'`` or ``'convnext'``.
         assumed: Arguments which nothing told and which are the registered network's own.
     """
     name: str
@@ -87,19 +89,22 @@ class Conversion:
 def convert(
         source: str | Path, output: str | Path, model: str | None = None, model_args: Mapping[str, Any] | None = None,
         *, reparameterize: bool = False, use_ema: bool = True, overwrite: bool = False,
-        provenance: Provenance | None = None) -> Conversion:
+        images_to_calibrate: str | Path | None = None, provenance: Provenance | None = None) -> Conversion:
     """Turn a checkpoint into a Hub folder, and check that the folder gives the same logits.
 
     The folder is written under another name beside its place and renamed when it is whole.
 
     Args:
-        source: A checkpoint of ours or in the authors' layout, an output folder of train.py, or a Hub folder.
+        source: A checkpoint of ours, in the authors' layout, or of a ConvNeXt, an output folder of train.py, or a Hub
+            folder.
         output: The folder to write.
-        model: Name of the network; None to tell it from the checkpoint.
+        model: Name of the network; None to tell it from the checkpoint, which that of a ConvNeXt does not.
         model_args: Arguments of ``timm.create_model`` that the checkpoint does not tell.
         reparameterize: Merge the network for inference.
         use_ema: Prefer the averaged weights where a checkpoint has both.
         overwrite: Replace the folder if there is one.
+        images_to_calibrate: A folder of images to calibrate the network by, see
+            :func:`timm_shiftwise.calibrate`.
         provenance: What to say of the weights in the model card.
 
     Raises:
@@ -123,6 +128,8 @@ def convert(
     with torch.inference_mode():
         # how much single precision alone is off: what a merged network, rounded anew, may be, too
         noise = _distance(net(images), logits)
+    if images_to_calibrate is not None:
+        _calibrate(net, Path(images_to_calibrate))
     args = dict(network.args)
     if reparameterize and not args.get('reparameterized'):
         cfg = config_of(net)
@@ -134,7 +141,7 @@ def convert(
         title=output.name,
         reference=f'local-dir:{output}',
         architecture=network.name,
-        from_authors=network.layout == 'authors',
+        layout=network.layout,
         profile=profile,
         train_args=found.train_args,
         summary=found.summary,
@@ -182,6 +189,10 @@ def tell_network(source: Source, model: str | None, model_args: Mapping[str, Any
         CheckpointError: If the weights are none of these networks'.
     """
     found = describe_checkpoint(source.state)
+    if found['layout'] == 'convnext' and model is None:
+        raise HubError(
+            f'The checkpoint is that of a ConvNeXt, none of these networks: `--model {found["model"]}`, of `convert` '
+            f'also `--to {found["model"]}`, grows it to one.')
     name = model or source.config.get('architecture') or source.train_args.get('model') or found['model']
     if not isinstance(name, str) or (model is None and name.startswith(_SOURCE_PREFIXES)):
         name = found['model']
@@ -251,7 +262,8 @@ def _check_sizes(name: str, args: Mapping[str, Any], found: Mapping[str, Any]) -
     ]
     lengths = wanted['focus_lengths']
     groups = [num_groups(length, seen['kernel_size']) for length in lengths] if min(lengths, default=0) > 0 else None
-    if groups is None or (groups != list(found['groups']) and not problems):
+    fits = found['layout'] == 'convnext' or groups == list(found['groups'])  # a ConvNeXt has no groups
+    if groups is None or not (fits or problems):
         problems.append(f'{list(found["groups"])} groups, the network has focus_lengths={reprlib.repr(lengths)}')
     if problems:
         raise HubError(
@@ -280,6 +292,8 @@ def _configure(model: ShiftwiseNet, source: Source, network: Network, license: s
     cfg.update(tag=None, license=None)
     if network.layout == 'authors':
         cfg.update(tag=AUTHORS_TAG, license=LICENSE_OF_THE_AUTHORS)
+    if 'sw_convnext' in network.name:
+        cfg.update(_published_convnext(source) or {'origin_url': None})
     told = source.config.get('pretrained_cfg')
     if isinstance(told, dict):
         cfg.update((key, value) for key, value in told.items() if key in _TOLD_BY_CONFIG)
@@ -305,6 +319,28 @@ def _configure(model: ShiftwiseNet, source: Source, network: Network, license: s
     _set_config(model, cfg)
 
 
+def _published_convnext(source: Source) -> dict[str, Any]:
+    """What timm says of the weights of a ConvNeXt that a Hub folder names; empty for others."""
+    told = source.config.get('pretrained_cfg')
+    name, tag = source.config.get('architecture'), told.get('tag') if isinstance(told, dict) else None
+    cfg = timm.models.get_arch_pretrained_cfgs(str(name)).get(f'{name}.{tag}')
+    if cfg is None:
+        return {}
+    return {**cfg.to_dict(remove_source=True), 'origin_url': f'https://huggingface.co/{cfg.hf_hub_id}'}
+
+
+def _calibrate(model: ShiftwiseNet, folder: Path) -> None:
+    """Calibrate by images from all over a folder, prepared as the network's configuration says."""
+    mode = 'L' if model.in_chans == 1 else 'RGB'
+    try:
+        dataset = create_dataset('', root=str(folder), input_img_mode=mode)
+        dataset.transform = create_transform(**resolve_model_data_config(model))
+        chosen = range(0, len(dataset), max(len(dataset) // _IMAGES_TO_CALIBRATE, 1))[:_IMAGES_TO_CALIBRATE]
+        calibrate(model, DataLoader(Subset(dataset, chosen), batch_size=32))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HubError(f'The network cannot be calibrated by the images in {folder}: {error}') from error
+
+
 def _set_config(model: ShiftwiseNet, cfg: dict[str, Any]) -> None:
     vars(model).update(pretrained_cfg=cfg, default_cfg=cfg)
 
@@ -320,7 +356,7 @@ def _images(model: ShiftwiseNet) -> Tensor:
     return torch.randn(1, channels, *sides, generator=torch.Generator().manual_seed(0))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits of single precision weights, computed in double precision so that rounding does not hide a difference."""
     logits = model.double()(images.double())

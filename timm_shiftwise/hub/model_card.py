@@ -23,6 +23,13 @@ _CITATIONS = {
   booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year      = {2025}
 }""",
+    'arXiv:2201.03545': """@inproceedings{liu2022convnet,
+  title     = {A ConvNet for the 2020s},
+  author    = {Zhuang Liu and Hanzi Mao and Chao-Yuan Wu and Christoph Feichtenhofer and Trevor Darrell and
+               Saining Xie},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2022}
+}""",
     'arXiv:2401.12736': """@article{li2024shift,
   title   = {Shift-ConvNets: Small Convolutional Kernel with Large Kernel Effects},
   author  = {Dachong Li and Li Li and Zhuangzhuang Chen and Jianqiang Li},
@@ -103,7 +110,7 @@ class CardFacts:
         reference: The name by which ``timm.create_model`` finds it.
         architecture: Name of the network in timm's registry.
         profile: What it costs for an image.
-        from_authors: Whether the weights were in the layout of the papers' authors.
+        layout: Whose layout the weights were in: ``'timm-shiftwise'``, ``'authors'`` or ``'convnext'``.
         train_args: args.yaml of train.py.
         summary: Rows of train.py's summary.csv.
         provenance: What the user says.
@@ -113,7 +120,7 @@ class CardFacts:
     reference: str
     architecture: str
     profile: NetworkProfile
-    from_authors: bool = False
+    layout: str = 'timm-shiftwise'
     train_args: Mapping[str, Any] = field(default_factory=dict)
     summary: Sequence[Mapping[str, str]] = ()
     provenance: Provenance = field(default_factory=Provenance)
@@ -140,6 +147,7 @@ def write_card(model: ShiftwiseNet, file: Path, facts: CardFacts) -> None:
     cfg = config_of(model)
     papers = cfg.get('paper_ids') or ()
     papers = (papers,) if isinstance(papers, str) else tuple(papers)
+    more = ('arXiv:2401.12736',) if 'sw_convnext' in facts.architecture else ()
     card = dict(
         tags=['image-classification', 'timm', 'timm-shiftwise'],
         library_name='timm',
@@ -148,7 +156,8 @@ def write_card(model: ShiftwiseNet, file: Path, facts: CardFacts) -> None:
         details=_details(model, facts, cfg, papers),
         usage=usage(model, facts.reference, facts.picture),
         citation=[
-            *(_CITATIONS[paper] for paper in (cfg.get('paper_name'), *papers) if paper in _CITATIONS), _TIMM_CITATION],
+            *(_CITATIONS[paper] for paper in (cfg.get('paper_name'), *papers, *more) if paper in _CITATIONS),
+            _TIMM_CITATION],
     )
     file.write_text(generate_readme(card, _line(facts.title)), encoding='utf-8')
 
@@ -168,13 +177,31 @@ def _description(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
     sentences = [f'A {kind} image classification model, `{facts.architecture}` of timm-shiftwise.']
     if facts.provenance.description:
         sentences.append(_line(facts.provenance.description))
-    if facts.from_authors:
+    if 'sw_convnext' in facts.architecture:
+        sentences.append(_of_convnext(facts, cfg))
+    if facts.layout == 'authors':
         published = f' ({cfg["origin_url"]})' if cfg.get('origin_url') else ''
         sentences.append(f"Converted from a checkpoint in the layout of the paper's authors{published}.")
     if facts.train_args:
         sentences.append("Trained with timm's train.py.")
     sentences.append('Install it with `pip install timm-shiftwise`.')
     return '\n'.join(sentences)
+
+
+def _of_convnext(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
+    if facts.layout == 'convnext':
+        how = 'Grown from'
+    elif facts.train_args.get('pretrained'):
+        how = 'Fine-tuned from weights that were grown from'
+    else:
+        how = 'Of an architecture whose weights are, if not trained from scratch, grown from those of'
+    origin = f', {cfg["origin_url"]},' if cfg.get('origin_url') else ''
+    license = f', {cfg["license"]},' if cfg.get('license') else ''
+    return (
+        f'{how} a ConvNeXt{origin} of "A ConvNet for the 2020s" (Zhuang Liu, Hanzi Mao, Chao-Yuan Wu, Christoph '
+        'Feichtenhofer, Trevor Darrell and Saining Xie, https://arxiv.org/abs/2201.03545), whose licence'
+        f'{license} goes along. Until it is fine-tuned it computes what the ConvNeXt computes, and accuracies are '
+        "ConvNeXt's.")
 
 
 def _details(model: ShiftwiseNet, facts: CardFacts, cfg: Mapping[str, Any], papers: tuple[str, ...]) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class ShiftwiseConv2d(Operator):
         kernel_size: N, the side of the small kernels in pixels.
         num_paths: P, parallel convolutions whose weights add up.
         num_shuffles: R, orders that are added up (1 for operator ``'eq_slak'``).
+        single_centre: Let all orders put one and the same small kernel of a channel into the centre branch.
+        centre_norm: Whether the centre branch has a BatchNorm.
+        grow_init: What the BatchNorms of the wide and the tall branch are multiplied by where a depthwise convolution
+            is grown to this operator; nothing in between.
         backend: ``'auto'``, ``'taichi'``, ``'torch'`` or None, see :func:`timm_shiftwise.ops.shift_add`.
         device: Device of parameters and buffers.
         dtype: Floating point type of parameters and BatchNorm statistics.
@@ -51,27 +55,32 @@ class ShiftwiseConv2d(Operator):
 
     def __init__(
             self, dim: int, focus_length: int, kernel_size: int = 5, *, num_paths: int = 1, num_shuffles: int = 1,
-            backend: str | None = None, device=None, dtype=None, **settings) -> None:
+            single_centre: bool = False, centre_norm: bool = True, grow_init: float = 0., backend: str | None = None,
+            device=None, dtype=None, **settings) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, focus_length, kernel_size, device=device, **settings)
         if num_paths < 1:
             raise ValueError(f'num_paths must be at least 1, got {num_paths}.')
         self.backend = backend
+        self.single_centre = single_centre
+        self.grow_init = grow_init
         self.inner_skip = self.operator == 'sw'
         channels = self.num_worked
-        wiring = released_wiring(self.operator, channels, focus_length, kernel_size, num_shuffles)
+        wiring = released_wiring(
+            self.operator, channels, focus_length, kernel_size, num_shuffles, single_centre)
         self.kernels = nn.Parameter(torch.empty(num_paths, channels, self.num_maps, kernel_size, kernel_size, **dd))
         self.group_mask = self.group_mask.repeat(num_paths, 1, 1)  # [P, C, K]
         self.norm_h = nn.BatchNorm2d(channels, **dd)
         self.norm_v = nn.BatchNorm2d(channels, **dd)
-        self.norm_i = nn.BatchNorm2d(channels, **dd)
+        self.norm_i = nn.BatchNorm2d(channels, **dd) if centre_norm else nn.Identity()
         self.register_buffer('wiring', torch.empty(wiring.shape, dtype=wiring.dtype, device=device))
         self.reset_parameters()
 
     def released_tables(self) -> dict[str, Tensor]:
         """What the released checkpoints do not hold because it follows from their seed, and the geometry it is for."""
         wiring = released_wiring(
-            self.operator, self.num_worked, self.focus_length, self.kernel_size, self.wiring.shape[0])
+            self.operator, self.num_worked, self.focus_length, self.kernel_size, self.wiring.shape[0],
+            self.single_centre)
         return {'wiring': wiring, 'built_for': self.geometry('cpu')}
 
     def _apply(self, fn, recurse: bool = True):
@@ -130,7 +139,11 @@ class ShiftwiseConv2d(Operator):
         else:
             merged = MergedShiftConv2d(
                 **self.settings(), num_shuffles=self.wiring.shape[0], backend=self.backend, **dd)
-        scales, biases = zip(*map(fold_batch_norm, (self.norm_h, self.norm_v, self.norm_i)), strict=True)
+        norms = (self.norm_h, self.norm_v, self.norm_i)
+        folded = [fold_batch_norm(norm) for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+        if len(folded) < len(norms):  # the centre branch has none
+            folded.append((torch.ones_like(folded[0][0]), torch.zeros_like(folded[0][1])))
+        scales, biases = zip(*folded, strict=True)
         summed = summed_paths(self.kernels.double(), self.group_mask)
         merge_shiftwise(merged, summed, self.wiring, scales, sum(biases))
         merged.group_mask.copy_(self.kept_groups())

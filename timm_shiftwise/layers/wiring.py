@@ -74,7 +74,9 @@ def num_maps(operator: str, focus_length: int, kernel_size: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def released_wiring(operator: str, channels: int, focus_length: int, kernel_size: int, num_shuffles: int) -> Tensor:
+def released_wiring(
+        operator: str, channels: int, focus_length: int, kernel_size: int, num_shuffles: int,
+        single_centre: bool = False) -> Tensor:
     """Which small kernel lies at every place of the three branches, as in the released checkpoints.
 
     Args:
@@ -85,6 +87,8 @@ def released_wiring(operator: str, channels: int, focus_length: int, kernel_size
         focus_length: M in pixels.
         kernel_size: N in pixels.
         num_shuffles: R, how many orders are added up; 1 for ``'eq_slak'``.
+        single_centre: Put one and the same kernel of a channel into the centre branch in every order; the released
+            checkpoints draw one for each order.
 
     Returns:
         Kernel index at every place of the wide branch, then of the tall branch, then of the centre branch; int32
@@ -108,6 +112,8 @@ def released_wiring(operator: str, channels: int, focus_length: int, kernel_size
 
     wide, tall = orders(), orders()
     picks = [torch.randint(0, groups, [channels], generator=generator, device='cpu') for _ in range(num_shuffles)]
+    if single_centre:
+        picks = picks[:1] * num_shuffles
     if operator == 'p_sw':
         wide = torch.arange(groups, device='cpu').expand_as(wide)
     return torch.cat([wide, tall, torch.stack(picks)[:, :, None]], dim=2).int()

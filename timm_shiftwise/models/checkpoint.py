@@ -1,7 +1,7 @@
 """Loading checkpoints: our own layout passes through, others are translated, and what does not fit is refused.
 
-Others are the authors' and that of version 0.1. Everything is checked before anything is copied, so a checkpoint that
-is refused leaves the model as it was.
+Others are the authors', that of version 0.1, and that of timm's ConvNeXts. Everything is checked before anything is
+copied, so a checkpoint that is refused leaves the model as it was.
 """
 import math
 import re
@@ -18,8 +18,10 @@ from timm_shiftwise.layers.shiftwise_conv import of_each_path
 from timm_shiftwise.sparsity import keep_masks, wrong_state
 
 from .description import describe_checkpoint
+from .grow import grow_state, refuse_original
 from .layouts import (
     AUTHORS,
+    CONVNEXT,
     MERGED_PATHS,
     OWN,
     VERSION_0_1,
@@ -68,10 +70,11 @@ def checkpoint_filter_fn(
     """Translate a checkpoint to the model's own layout.
 
     Takes our own checkpoints (unchanged), those of version 0.1, SLaK's (into ``slak_*``, and cut into small kernels for
-    ``eq_slak_*``) and the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``). The authors' hold no
-    wiring, which follows from its seed; small kernels of a path that are exactly zero are pruned ones, and training on
-    leaves them pruned. Where the authors merged the paths, the first path gets the kernels and the others zeros, and
-    all keep the same groups. So they do where a mask is one for all paths, as in version 0.1.
+    ``eq_slak_*``), the Shift-ConvNets authors' (into ``sw_*``, ``sw_v2_*`` and ``p_sw_tiny``) and those of timm's
+    ConvNeXts (into ``sw_convnext_*``, which they are grown to). The authors' hold no wiring, which follows from its
+    seed; small kernels of a path that are exactly zero are pruned ones, and training on leaves them pruned. Where the
+    authors merged the paths, the first path gets the kernels and the others zeros, and all keep the same groups. So
+    they do where a mask is one for all paths, as in version 0.1.
 
     Args:
         state_dict: A state dict, bare or under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
@@ -273,7 +276,11 @@ def _translated(
     layout = layout_of(raw)
     if layout == VERSION_0_1:
         return _from_version_0_1(raw, operators, own)
+    if layout == CONVNEXT:
+        state, problems = grow_state(raw, operators, own)
+        return _Translation(state, problems, is_whole=True)
     if layout == AUTHORS:
+        refuse_original(raw)
         orders = stream_orders(operators)
         state, problems = to_stream_order(translate_authors_layout(raw), orders, _generation(operators))
         problems += _complete(state, model, own)

@@ -1,7 +1,7 @@
 """What a checkpoint's keys and shapes tell of its network."""
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import get_pretrained_cfg_value
@@ -10,8 +10,10 @@ from torch import Tensor
 from timm_shiftwise.geometry import num_groups, small_padding
 from timm_shiftwise.layers.wiring import split_ghost
 
+from .grow import refuse_original, with_linear_layers
 from .layouts import (
     AUTHORS,
+    CONVNEXT,
     MERGED_PATHS,
     VERSION_0_1,
     CheckpointError,
@@ -23,9 +25,11 @@ from .layouts import (
 from .variants import SHIFTWISE, SHIFTWISE_V2
 
 _BLOCK = re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.')
-_TRANSLATIONS = {AUTHORS: translate_authors_layout, VERSION_0_1: rename_version_0_1}
+_TRANSLATIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    AUTHORS: translate_authors_layout, VERSION_0_1: rename_version_0_1, CONVNEXT: with_linear_layers}
 _DEFAULTS: dict[str, Any] = dict(
-    ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full', ls_init_value=1e-6, reparameterized=False)
+    ghost_ratio=0., num_paths=1, num_shuffles=1, single_centre=False, centre_norm=True, padding='full',
+    ls_init_value=1e-6, reparameterized=False)
 
 
 def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,26 +39,28 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     arguments that must be given as well.
 
     Args:
-        state_dict: A state dict in our layout, that of version 0.1 or the authors', bare or under ``model``,
-            ``model_ema``, ``state_dict`` or ``state_dict_ema``.
+        state_dict: A state dict in our layout, that of version 0.1, the authors' or that of timm's ConvNeXts, bare or
+            under ``model``, ``model_ema``, ``state_dict`` or ``state_dict_ema``.
 
     Returns:
         A dict with
 
-        * ``layout``: ``'timm-shiftwise'``, that of version 0.1 included, or ``'authors'``;
+        * ``layout``: ``'timm-shiftwise'``, that of version 0.1 included, ``'authors'``, or ``'convnext'``, from which
+          the network can be grown;
         * ``family``: ``'sw'``, ``'sw_v2'``, ``'p_sw'``, ``'eq_slak'`` or ``'slak'``;
         * ``model``: the registered network of these depths and dims, or else the first of the family;
         * ``model_args``: the arguments in which the checkpoint's network differs from that one;
-        * ``groups``: G of each stage;
+        * ``groups``: G of each stage; empty for a ConvNeXt;
         * ``assumed``: arguments which the checkpoint does not tell and which were taken from the registered network;
         * ``unknown``: arguments which the checkpoint does not tell and where the registered network's cannot be right.
 
     Raises:
-        CheckpointError: If the keys are neither our layout nor the authors', or those that tell the network are
-            missing.
+        CheckpointError: If the keys are of none of these layouts, those that tell the network are missing, or none of
+            our networks can be grown from the ConvNeXt.
     """
     state = unwrap(state_dict)
     layout = layout_of(state)
+    refuse_original(state)
     if layout in _TRANSLATIONS:
         state = _TRANSLATIONS[layout](state)
     facts = _facts(state)
@@ -64,8 +70,8 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     unknown: list[str] = []
     if 'focus_lengths' not in facts:
         lengths = variant['focus_lengths']
-        agrees = len(lengths) == len(facts['groups']) and all(
-            num_groups(m, facts['kernel_size']) == g for m, g in zip(lengths, facts['groups'], strict=True))
+        groups = tuple(num_groups(m, facts['kernel_size']) for m in lengths)
+        agrees = layout == CONVNEXT or groups == facts['groups']
         (assumed if agrees else unknown).append('focus_lengths')
     if 'num_shuffles' not in facts and family in ('sw', 'sw_v2') and not facts['reparameterized']:
         assumed.append('num_shuffles')
@@ -85,7 +91,7 @@ def describe_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         'num_classes': get_pretrained_cfg_value(model, 'num_classes'), 'in_chans': channels,
     }
     return dict(
-        layout='authors' if layout == AUTHORS else 'timm-shiftwise',
+        layout=layout if layout in (AUTHORS, CONVNEXT) else 'timm-shiftwise',
         family=family,
         model=model,
         model_args={name: value for name, value in facts.items() if value != usual[name]},
@@ -151,6 +157,9 @@ def _facts(state: dict[str, Tensor]) -> dict[str, Any]:
         facts['ls_init_value'] = None
     if blocks.has('.conv_dw.conv_h.weight'):
         _add_slak_facts(facts, blocks.every('.conv_dw.conv_h.weight', 4))
+    elif blocks.has('.conv_dw.weight'):
+        kernels = blocks.every('.conv_dw.weight', 4)
+        facts.update(family='sw', kernel_size=kernels[0].shape[-1], worked=facts['dims'], groups=())
     elif not blocks.has('.conv_dw.wide.weight'):
         _add_small_kernel_facts(facts, blocks)
     elif blocks.has('.conv_dw.group_mask'):
@@ -204,7 +213,15 @@ def _add_small_kernel_facts(facts: dict[str, Any], blocks: _Blocks) -> None:
     if not blocks.has('.conv_dw.wiring'):
         return
     tables = blocks.every('.conv_dw.wiring', 3)
-    facts.update(groups=tuple(table.shape[2] // 2 for table in tables), num_shuffles=tables[0].shape[0])
+    facts.update(
+        groups=tuple(table.shape[2] // 2 for table in tables),
+        num_shuffles=tables[0].shape[0],
+    )
+    if not facts['reparameterized']:
+        facts['centre_norm'] = blocks.has('.conv_dw.norm_i.weight')
+    picks = [table[:, :, -1] for table in tables if len(table) > 1 and table.shape[2] > 3 and not table.is_meta]
+    if picks:  # of one order, or of one group, nothing can be told
+        facts['single_centre'] = all(bool((pick == pick[0]).all()) for pick in picks)
     if maps != facts['groups']:
         facts['family'] = 'eq_slak'
     elif max(maps) > 1 and not any(table.is_meta for table in tables):
@@ -234,9 +251,10 @@ def _nearest(family: str, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     else:
         candidates = {name: variant for name, variant in SHIFTWISE.items() if variant['operator'] == family}
 
-    def agreement(variant: dict[str, Any]) -> tuple[bool, bool]:
+    def agreement(variant: dict[str, Any]) -> tuple[bool, ...]:
         same_size = all(variant[name] == facts[name] for name in ('depths', 'dims'))
-        return same_size, variant.get('padding') == facts.get('padding')
+        same_kernels = variant['kernel_size'] == facts['kernel_size']
+        return same_kernels, same_size, variant.get('padding') == facts.get('padding')
 
     # max takes the first of equals
     name = max(candidates, key=lambda name: agreement(candidates[name]))

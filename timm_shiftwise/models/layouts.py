@@ -4,6 +4,7 @@ In the authors' layout, SLaK's and that of both generations of Shift-ConvNets, `
 ``stages.i.j`` a block, whose ``large_kernel`` is the operator. SLaK's holds ``LoRA1`` (tall), ``LoRA2`` (wide) and
 ``small_conv``; a shift-wise one ``LoRAs.p`` (paths, or ``LoRA`` once they are merged), ``bn_lora1`` (horizontal),
 ``bn_lora2`` (vertical) and ``bn_small`` (identity). Version 0.1 of this package had other names within the operators.
+timm's ConvNeXt differs from our networks in the operators alone (``grow.py``).
 
 An operator puts out the channels it worked on, then its ghosts. Our stages keep their channels in this order, the
 *stream's*; in the *released* order, that of the authors and of version 0.1, ghosts lie among the others. So a
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftConv2d, ShiftwiseConv2d
 from timm_shiftwise.layers.wiring import stream_order
 
-OWN, VERSION_0_1, AUTHORS = 'own', 'version 0.1', 'authors'
+OWN, VERSION_0_1, AUTHORS, CONVNEXT = 'own', 'version 0.1', 'authors', 'convnext'
 """Layouts of checkpoints."""
 
 Operator = ShiftwiseConv2d | MergedConv2d | MergedShiftConv2d
@@ -165,7 +166,9 @@ def layout_of(names: Collection[str]) -> str:
     """Whose layout a state dict with these names is in: a single one that only one layout has tells it."""
     if any(name.startswith('downsample_layers.') or '.large_kernel.' in name for name in names):
         return AUTHORS
-    return VERSION_0_1 if any(map(_OF_VERSION_0_1.search, names)) else OWN
+    told = {name.rpartition('.')[2] for name in filter(_OF_VERSION_0_1.search, names)}
+    # timm's ConvNeXt has a convolution by the name of our operators
+    return CONVNEXT if told == {'weight', 'bias'} else VERSION_0_1 if told else OWN
 
 
 def translate_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

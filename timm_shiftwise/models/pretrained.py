@@ -22,9 +22,6 @@ from huggingface_hub.errors import (
 )
 from timm.models import PretrainedCfg, load_state_dict, resolve_pretrained_cfg
 
-ORGANISATION = 'timm-shiftwise'
-"""Organisation on the Hugging Face Hub under which weights are looked for."""
-
 AUTHORS_TAG = 'authors_in1k'
 """Tag of the papers' authors' weights."""
 
@@ -32,7 +29,7 @@ LICENSE_OF_THE_AUTHORS = 'other'
 """What is said of the licence of the papers' authors' weights, which is theirs to state where they publish them."""
 
 ORGANISATION_VARIABLE = 'TIMM_SHIFTWISE_ORG'
-"""Environment variable that names another organisation; read when the package is imported."""
+"""Environment variable that names an organisation of the Hub with weights; read when the package is imported."""
 
 _WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 _HTTP_LIBRARIES = ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
@@ -46,9 +43,10 @@ class WeightsNotPublishedError(PretrainedWeightsError):
     """Nobody has published weights under a registered name: the message says the ways on."""
 
 
-def hub_id(name: str) -> str:
-    """Repository id on the Hub of a model name with its tag."""
-    return f'{os.environ.get(ORGANISATION_VARIABLE) or ORGANISATION}/{name}'
+def hub_id(name: str) -> str | None:
+    """Repository id on the Hub of a model name with its tag; None where nobody says who publishes its weights."""
+    organisation = os.environ.get(ORGANISATION_VARIABLE)
+    return f'{organisation}/{name}' if organisation else None
 
 
 @contextmanager
@@ -85,7 +83,8 @@ def _explain(
         cache_dir: str | Path | None) -> PretrainedWeightsError | None:
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     if not (cfg.file or cfg.hf_hub_id or cfg.url or cfg.state_dict):
-        return WeightsNotPublishedError(f'No weights are published for {name}.\n{_ways_on(variant, cfg)}')
+        return WeightsNotPublishedError(
+            f'No weights are published under the name {name} yet.\n{_ways_on(variant, cfg)}')
     if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
         return _explain_file(error, Path(cfg.file or ''))
     if cfg.hf_hub_id:
@@ -121,8 +120,7 @@ def _explain_hub(
     if first(HFValidationError):
         return PretrainedWeightsError(
             f'The weights of {name} cannot be looked for: {repo_id!r} is not the name of a repository. '
-            f'{sentence(error)} {ORGANISATION_VARIABLE} takes the name of an organisation or user of the Hub, such as '
-            f'{ORGANISATION!r}.')
+            f'{sentence(error)} {ORGANISATION_VARIABLE} takes the name of an organisation or user of the Hub.')
     if first(GatedRepoError):
         return PretrainedWeightsError(
             f'The weights of {name} are in {what}, which is gated: ask for access on its page, then log in with '
@@ -169,9 +167,15 @@ def _explain_hub(
 
 
 def _ways_on(variant: str, cfg: PretrainedCfg) -> str:
-    published = f' The authors publish at {cfg.origin_url}.' if cfg.origin_url else ''
+    published = f' The authors publish at {cfg.origin_url}' if cfg.origin_url else ''
+    if published:
+        published += ': one checkpoint, that of sw_v2_tiny.' if 'slak' not in variant else '.'
+    size = variant.rpartition('_')[2]
+    grown = f'sw_convnext_{size}' if size in ('tiny', 'small', 'base', 'large') else 'sw_convnext_tiny'
     return (
-        'Three ways on:\n'
+        'Four ways on:\n'
+        f"  - Start from a ConvNeXt: timm.create_model('{grown}', pretrained=True) has its weights, computes the same "
+        'and learns a larger reach as it is fine-tuned.\n'
         f'  - Train the network: timm-shiftwise recipe {variant} --data-dir IMAGENET, then python train.py --config '
         f'{variant}.yaml.\n'
         f"  - Convert the authors' checkpoint: timm-shiftwise convert FILE.pth --model {variant} --output FOLDER, "

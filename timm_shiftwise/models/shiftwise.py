@@ -44,6 +44,7 @@ from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftCo
 from timm_shiftwise.sparsity import SparsitySchedule, keep_masks
 
 from .checkpoint import checkpoint_filter_fn, fitting, load_into_features, translate_within
+from .layouts import CONVNEXT, layout_of, unwrap
 from .pretrained import LICENSE_OF_THE_AUTHORS, explain_missing_weights, hub_id
 from .variants import SHIFTWISE
 
@@ -60,6 +61,7 @@ class ShiftwiseBlock(nn.Module):
         ls_init_value: Initial layer scale; None for no layer scale.
         act_layer: Activation between the linear layers.
         norm_layer: Normalisation over channels of a [B, H, W, C] tensor, called with ``eps``.
+        norm_eps: Epsilon of the normalisation.
         drop_path: Stochastic depth rate of the block.
         reparameterized: Build the form for inference, without layer scale.
         device: Device of parameters and buffers.
@@ -74,6 +76,7 @@ class ShiftwiseBlock(nn.Module):
             ls_init_value: float | None = 1e-6,
             act_layer: str | Callable = 'gelu',
             norm_layer: Callable[..., nn.Module] = LayerNorm,
+            norm_eps: float = 1e-6,
             drop_path: float = 0.,
             reparameterized: bool = False,
             device=None,
@@ -84,7 +87,7 @@ class ShiftwiseBlock(nn.Module):
         if reparameterized:
             ls_init_value = None
         self.conv_dw = conv_layer(dim, **dd)
-        self.norm = norm_layer(dim, eps=1e-6, **dd)
+        self.norm = norm_layer(dim, eps=norm_eps, **dd)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=get_act_layer(act_layer), **dd)
         self.ls_init_value = ls_init_value
         self.gamma = nn.Parameter(ls_init_value * torch.ones(dim, **dd)) if ls_init_value is not None else None
@@ -118,14 +121,16 @@ class ShiftwiseBlock(nn.Module):
             self.gamma = None
 
 
-def patch_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
+def patch_stem(in_chans: int, dim: int, norm_eps: float, **dd) -> nn.Sequential:
     """Convolution of 4 x 4 patches -> LayerNorm: a quarter of the image's side."""
-    return nn.Sequential(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd), LayerNorm2d(dim, eps=1e-6, **dd))
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd), LayerNorm2d(dim, eps=norm_eps, **dd))
 
 
-def patch_downsample(in_chs: int, out_chs: int, **dd) -> nn.Sequential:
+def patch_downsample(in_chs: int, out_chs: int, norm_eps: float, **dd) -> nn.Sequential:
     """LayerNorm -> convolution of 2 x 2 patches: half of the map's side."""
-    return nn.Sequential(LayerNorm2d(in_chs, eps=1e-6, **dd), nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd))
+    return nn.Sequential(
+        LayerNorm2d(in_chs, eps=norm_eps, **dd), nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd))
 
 
 class ShiftwiseStage(nn.Module):
@@ -184,8 +189,15 @@ class ShiftwiseNet(nn.Module):
         ghost_ratio: Share of channels an operator passes through untouched. Not for ``'slak'``.
         num_paths: P, parallel convolutions of an operator. Not for ``'slak'``.
         num_shuffles: R, orders of the groups that are added up. Only for ``'sw'`` and ``'p_sw'``.
+        single_centre: Let all orders put one and the same small kernel of a channel into the centre branch. Only for
+            ``'sw'`` and ``'p_sw'``.
+        centre_norm: Whether the centre branch has a BatchNorm. Not for ``'slak'``.
+        grow_init: Norm weight of the wide and the tall branch in a network that is grown from a ConvNeXt, which it
+            equals with 0 only. Not for ``'slak'``.
         padding: Padding policy of the small convolutions, ``'full'`` or ``'same'``. Not for ``'slak'``.
         ls_init_value: Initial layer scale; None for no layer scale.
+        act_layer: Activation between the linear layers of a block.
+        norm_eps: Epsilon of the LayerNorms.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
         sparsity: Share of the small kernels to prune while training, 0 up to, not including, 1; 0 trains the dense
@@ -193,7 +205,7 @@ class ShiftwiseNet(nn.Module):
             :class:`timm_shiftwise.sparsity.SparsitySchedule`.
         prune_rate: Share of a layer's kept groups that the first update exchanges.
         prune_interval: Optimiser steps between updates.
-        sparsity_init: ``'snip'`` or ``'uniform'``: how the kept groups are spread over the layers.
+        sparsity_init: ``'snip'``, ``'uniform'`` or ``'magnitude'``: which groups are kept at first.
         sparsity_steps: Length of the run in optimiser steps; the default is that of 300 epochs of ImageNet-1k in
             batches of 4096, 313 an epoch.
         sparsity_seed: Seed of the masks.
@@ -232,8 +244,13 @@ class ShiftwiseNet(nn.Module):
             ghost_ratio: float = 0.,
             num_paths: int = 1,
             num_shuffles: int = 1,
+            single_centre: bool = False,
+            centre_norm: bool = True,
+            grow_init: float = 0.,
             padding: str = 'full',
             ls_init_value: float | None = 1e-6,
+            act_layer: str | Callable = 'gelu',
+            norm_eps: float = 1e-6,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             sparsity: float = 0.,
@@ -259,6 +276,9 @@ class ShiftwiseNet(nn.Module):
                 ghost_ratio=ghost_ratio,
                 num_paths=num_paths,
                 num_shuffles=num_shuffles,
+                single_centre=single_centre,
+                centre_norm=centre_norm,
+                grow_init=grow_init,
                 padding=padding,
                 sparsity=sparsity,
             )
@@ -274,13 +294,16 @@ class ShiftwiseNet(nn.Module):
             ghost_split=self.ghost_split,
             num_paths=num_paths,
             num_shuffles=num_shuffles,
+            single_centre=single_centre,
+            centre_norm=centre_norm,
+            grow_init=grow_init,
             padding=padding,
             backend=backend,
         )
         self.drop_rate = drop_rate
         self.feature_info = []
 
-        self.stem = self.stem_layer(in_chans, dims[0], **dd)
+        self.stem = self.stem_layer(in_chans, dims[0], norm_eps, **dd)
         drop_path_rates = cast(
             'list[list[float]]', calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         stages = []
@@ -290,8 +313,9 @@ class ShiftwiseNet(nn.Module):
                 dim,
                 depth=depth,
                 conv_layer=conv_layer(focus_length=focus_length, large_map=i < _STAGES_OF_LARGE_MAPS),
-                block_layer=partial(self.block_layer, reparameterized=reparameterized),
-                downsample_layer=self.downsample_layer if i > 0 else None,
+                block_layer=partial(
+                    self.block_layer, act_layer=act_layer, norm_eps=norm_eps, reparameterized=reparameterized),
+                downsample_layer=partial(self.downsample_layer, norm_eps=norm_eps) if i > 0 else None,
                 drop_path_rates=drop_path_rates[i],
                 ls_init_value=ls_init_value,
                 **dd,
@@ -304,7 +328,7 @@ class ShiftwiseNet(nn.Module):
             num_classes,
             pool_type=global_pool,
             drop_rate=drop_rate,
-            norm_layer=partial(LayerNorm2d, eps=1e-6),
+            norm_layer=partial(LayerNorm2d, eps=norm_eps),
             **dd,
         )
         if operator == 'slak' or reparameterized:
@@ -333,7 +357,9 @@ class ShiftwiseNet(nn.Module):
         named_apply(partial(_init_weights, needs_reset=needs_reset), self)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load a checkpoint of our layout, version 0.1's or the authors', see :func:`checkpoint_filter_fn`.
+        """Load a checkpoint of our layout, version 0.1's, the authors' or a ConvNeXt's.
+
+        See :func:`checkpoint_filter_fn`.
 
         Nothing is copied unless everything fits.
 
@@ -472,6 +498,10 @@ _STAGES_OF_LARGE_MAPS = 2
 """Stages whose maps are large enough to be padded in exported graphs: 56 x 56 and 28 x 28 of 224 pixels."""
 
 
+_OF_TRAINING = ('num_paths', 'single_centre', 'centre_norm', 'grow_init')
+"""Arguments of an operator that its merged form does not have."""
+
+
 def _conv_layer(operator: str, reparameterized: bool, **settings) -> Callable[..., nn.Module]:
     """What makes the operator of a block: called with its channels and its own keywords."""
     if operator == 'slak' and not reparameterized:
@@ -480,14 +510,16 @@ def _conv_layer(operator: str, reparameterized: bool, **settings) -> Callable[..
     layer: Callable[..., nn.Module] = ShiftwiseConv2d
     unused: tuple[str, ...] = ()
     if reparameterized and settings['padding'] == 'full':
-        layer, unused = MergedConv2d, ('num_paths', 'num_shuffles', 'padding', 'backend')
+        layer, unused = MergedConv2d, (*_OF_TRAINING, 'num_shuffles', 'padding', 'backend')
     elif reparameterized:
-        layer, unused = MergedShiftConv2d, ('num_paths', 'padding')
+        layer, unused = MergedShiftConv2d, (*_OF_TRAINING, 'padding')
     return partial(layer, operator=operator, **{name: value for name, value in settings.items() if name not in unused})
 
 
 def _refuse_for_slak(**settings) -> None:
-    plain = dict(ghost_ratio=0., num_paths=1, num_shuffles=1, padding='full', sparsity=0.)
+    plain = dict(
+        ghost_ratio=0., num_paths=1, num_shuffles=1, single_centre=False, centre_norm=True, grow_init=0.,
+        padding='full', sparsity=0.)
     for name, value in settings.items():
         if value != plain[name]:
             raise ValueError(f"operator 'slak' has no {name}: it must stay {plain[name]!r}, got {value!r}.")
@@ -507,8 +539,11 @@ def _init_weights(module: nn.Module, name: str = '', needs_reset: bool = False) 
 
 def _filter_pretrained(
         state_dict: Mapping[str, Any], model: nn.Module, features_only: bool = False) -> dict[str, Tensor]:
+    state = checkpoint_filter_fn(state_dict, model, features_only)
+    if layout_of(unwrap(state_dict)) == CONVNEXT:
+        return state  # a grown network has no masks yet
     # whoever starts from published weights fine-tunes them: their masks stay
-    return keep_masks(checkpoint_filter_fn(state_dict, model, features_only), model)
+    return keep_masks(state, model)
 
 
 def create_shiftwise(

@@ -47,6 +47,7 @@ class ShiftwiseBlockV2(nn.Module):
         ls_init_value: Initial layer scale; None for no layer scale.
         act_layer: Activation between the linear layers.
         norm_layer: Normalisation of a [B, C, H, W] tensor.
+        norm_eps: Accepted for the network's sake, whose LayerNorms have it; here are none.
         drop_path: Stochastic depth rate of the block.
         reparameterized: Build the form for inference, without layer scale and the norm before it, and without the one
             that the operator takes in.
@@ -63,6 +64,7 @@ class ShiftwiseBlockV2(nn.Module):
             ls_init_value: float | None = 1e-6,
             act_layer: str | Callable = 'gelu',
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+            norm_eps: float = 1e-6,
             drop_path: float = 0.,
             reparameterized: bool = False,
             device=None,
@@ -125,22 +127,22 @@ class ShiftwiseBlockV2(nn.Module):
         self.gamma = None
 
 
-def overlapping_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
+def overlapping_stem(in_chans: int, dim: int, norm_eps: float, **dd) -> nn.Sequential:
     """Two overlapping convolutions, each with a LayerNorm: a quarter of the image's side, rounded up."""
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd),
-        LayerNorm2d(dim // 2, eps=1e-6, **dd),
+        LayerNorm2d(dim // 2, eps=norm_eps, **dd),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd),
-        LayerNorm2d(dim, eps=1e-6, **dd),
+        LayerNorm2d(dim, eps=norm_eps, **dd),
     )
 
 
-def overlapping_downsample(in_chs: int, out_chs: int, **dd) -> nn.Sequential:
+def overlapping_downsample(in_chs: int, out_chs: int, norm_eps: float, **dd) -> nn.Sequential:
     """Overlapping convolution -> LayerNorm: half of the map's side, rounded up."""
     return nn.Sequential(
         nn.Conv2d(in_chs, out_chs, kernel_size=3, stride=2, padding=1, **dd),
-        LayerNorm2d(out_chs, eps=1e-6, **dd),
+        LayerNorm2d(out_chs, eps=norm_eps, **dd),
     )
 
 

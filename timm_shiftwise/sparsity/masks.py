@@ -58,6 +58,27 @@ def snip_counts(saliencies: list[Tensor], sparsity: float) -> list[int]:
     return [max(count, 1) for count in counts]
 
 
+def largest_masks(magnitudes: list[Tensor], heard: list[Tensor], sparsity: float) -> list[Tensor]:
+    """Masks of the groups of largest magnitude under one threshold over all layers.
+
+    Args:
+        magnitudes: Sum of ``|w|`` of the groups of each layer, [P, C, K].
+        heard: Which of them have a part in the output, boolean [C, K]. These come before all that have none.
+        sparsity: Share of all groups to prune, 0 up to, not including, 1.
+
+    Returns:
+        Boolean masks [P, C, K] on the CPU for each layer, counts as :func:`snip_counts` gives them.
+    """
+    above = 1 + max(magnitude.max() for magnitude in magnitudes).double()
+    scores = [magnitude.double() + above * part for magnitude, part in zip(magnitudes, heard, strict=True)]
+    masks = []
+    for score, count in zip(scores, snip_counts(scores, sparsity), strict=True):
+        mask = torch.zeros(score.shape, dtype=torch.bool)
+        mask.view(-1)[score.flatten().cpu().argsort(descending=True, stable=True)[:count]] = True
+        masks.append(mask)
+    return masks
+
+
 def uniform_counts(sizes: list[int], sparsity: float) -> list[int]:
     """Groups that each layer, or path of one, keeps when the share is the same in all, at least 1 each."""
     return [max(round((1 - sparsity) * size), 1) for size in sizes]
@@ -70,7 +91,7 @@ def random_mask(shape: tuple[int, ...], count: int, seed: int, step: int, layer:
     return mask
 
 
-def first_masks(shape: tuple[int, int, int], counts: list[int], seed: int, layer: int) -> Tensor:
+def first_masks(shape: tuple[int, ...], counts: list[int], seed: int, layer: int) -> Tensor:
     """Masks with which a layer starts: as many groups of each path as were counted, drawn at random.
 
     Args:

@@ -15,7 +15,15 @@ from torch.optim.optimizer import Optimizer
 from timm_shiftwise.layers import ShiftwiseConv2d
 
 from .follow import at_end_of_backward, follow
-from .masks import first_masks, prune_and_regrow, prune_rate_at, snip_counts, snip_saliency, uniform_counts
+from .masks import (
+    first_masks,
+    largest_masks,
+    prune_and_regrow,
+    prune_rate_at,
+    snip_counts,
+    snip_saliency,
+    uniform_counts,
+)
 from .optimizer_state import exchange_state
 from .run_length import RunLength
 from .sharding import multiply, whole
@@ -23,7 +31,7 @@ from .steps import Step, Steps
 
 _logger = logging.getLogger(__name__)
 
-INITIALISATIONS = ('snip', 'uniform')
+INITIALISATIONS = ('snip', 'uniform', 'magnitude')
 
 # values of the buffer `phase`
 WAITING = 0
@@ -58,7 +66,9 @@ class SparsitySchedule(nn.Module):
         sparsity: Share of all groups to prune, 0 up to, not including, 1; 0 leaves every mask as it is.
         prune_rate: Share of a layer's kept groups that the first update exchanges, 0 to 1.
         prune_interval: Optimiser steps between updates.
-        sparsity_init: ``'snip'`` or ``'uniform'`` (the same share in every layer).
+        sparsity_init: ``'snip'``, ``'uniform'`` (the same share in every layer) or ``'magnitude'``: the groups of
+            largest magnitude under one threshold over all layers, drawn by nothing. It spares what was learned: groups
+            that only branches of norm weight zero read go first, all but one of each channel in a network just grown.
         sparsity_steps: Length of the run in optimiser steps.
         sparsity_seed: Seed of the draws.
         mask_sharing_interval: Updates from one that gives the paths of a layer one mask to the next that does; 1 for
@@ -232,14 +242,7 @@ class SparsitySchedule(nn.Module):
     def _draw_masks(self, states: States) -> None:
         layers, scores = self.layers(), dict(sorted(self._scores.items()))
         self._scores.clear()
-        if self.sparsity_init == 'snip':
-            counts = snip_counts([path for score in scores.values() for path in cast(Tensor, score)], self.sparsity)
-        else:
-            counts = uniform_counts([path.numel() for i in scores for path in layers[i].group_mask], self.sparsity)
-        left = iter(counts)
-        for i in scores:
-            paths, channels, maps = layers[i].group_mask.shape
-            masks = first_masks((paths, channels, maps), list(islice(left, paths)), self.sparsity_seed, i)
+        for i, masks in zip(scores, self._first_masks(scores), strict=True):
             _put_masks(layers[i], masks, states.get(i, []))
         self._write(RUNNING, 0)
         _log(
@@ -247,13 +250,27 @@ class SparsitySchedule(nn.Module):
             'over %d. sparsity=0 trains the dense network.',
             100 * self.sparsity, self._shares(), self.prune_interval, self.sparsity_steps)
 
+    def _first_masks(self, scores: Mapping[int, Tensor | None]) -> list[Tensor]:
+        """Masks [P, C, K] with which each of the layers that have a score starts."""
+        layers = [self.layers()[i] for i in scores]
+        if self.sparsity_init == 'magnitude':
+            return largest_masks(list(map(_magnitude, layers)), list(map(_heard, layers)), self.sparsity)
+        if self.sparsity_init == 'snip':
+            counts = snip_counts([path for score in scores.values() for path in cast(Tensor, score)], self.sparsity)
+        else:
+            counts = uniform_counts([path.numel() for layer in layers for path in layer.group_mask], self.sparsity)
+        left = iter(counts)
+        return [
+            first_masks(layer.group_mask.shape, list(islice(left, len(layer.group_mask))), self.sparsity_seed, i)
+            for i, layer in zip(scores, layers, strict=True)]
+
     def _update_masks(self, step: int, states: States) -> None:
         layers = self.layers()
         rate = prune_rate_at(step, self.sparsity_steps, self.prune_rate)
         shared = step // self.prune_interval % self.mask_sharing_interval == 0
         for i, known in states.items():
-            magnitude = whole(layers[i].kernels).abs().sum(dim=(3, 4))
-            masks = prune_and_regrow(layers[i].group_mask, magnitude, rate, shared, self.sparsity_seed, step, i)
+            masks = prune_and_regrow(
+                layers[i].group_mask, _magnitude(layers[i]), rate, shared, self.sparsity_seed, step, i)
             _put_masks(layers[i], masks, known)
 
     def _state(self) -> tuple[int, int]:
@@ -322,6 +339,24 @@ def wrong_state(key: str, value: Tensor) -> str:
     if 0 <= number <= most and number == int(number):
         return ''
     return f'{key} must hold one integer of 0 to {most}, it holds {value.tolist()}'
+
+
+def _magnitude(layer: ShiftwiseConv2d) -> Tensor:
+    """Sum of ``|w|`` of every group, [P, C, K]."""
+    return whole(layer.kernels).abs().sum(dim=(3, 4))
+
+
+def _heard(layer: ShiftwiseConv2d) -> Tensor:
+    """Which groups a branch reads whose norm has a weight other than zero, bool [C, K]."""
+    wiring = layer.wiring.transpose(0, 1)  # [C, R, 2 * G + 1]
+    branches = [
+        whole(norm.weight) != 0 if isinstance(norm, nn.BatchNorm2d) else wiring.new_ones(len(wiring), dtype=torch.bool)
+        for norm in (layer.norm_h, layer.norm_v, layer.norm_i)]
+    groups = wiring.shape[2] // 2
+    reads = torch.stack([*branches[:1] * groups, *branches[1:2] * groups, branches[2]], dim=1)  # [C, 2 * G + 1]
+    heard = wiring.new_zeros(len(wiring), layer.num_maps)
+    heard.scatter_add_(1, wiring.flatten(1).long(), reads[:, None].expand_as(wiring).flatten(1).to(heard.dtype))
+    return heard > 0
 
 
 def _log(message: str, *args) -> None:

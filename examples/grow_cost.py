@@ -1,0 +1,36 @@
+"""Latency of a grown network, merged, over that of the ConvNeXt it was grown from.
+
+    python examples/grow_cost.py
+
+Networks take turns in one process, so that whatever slows the machine down slows them alike; the ratios are of medians.
+"""
+import statistics
+
+import timm
+import torch
+from timm.utils import reparameterize_model
+
+from timm_shiftwise.profile.timing import take_turns
+
+BATCH = 1
+TURNS = 9
+
+
+def merged(name: str) -> torch.nn.Module:
+    """A network in its form for inference."""
+    return reparameterize_model(timm.create_model(name).eval())
+
+
+def main() -> None:
+    """Print a table of the ratios."""
+    names = ('convnext_tiny', 'sw_convnext_tiny', 'sw_tiny')
+    models = [merged(name) for name in names]
+    print(f'PyTorch {torch.__version__}, {torch.get_num_threads()} threads, float32, 224 pixels')
+    times = take_turns(models, torch.randn(BATCH, 3, 224, 224), TURNS)
+    base, *others = (statistics.median(taken) for taken in times)
+    for name, time in zip(names[1:], others, strict=True):
+        print(f'batch {BATCH}: {name} takes {time / base:.2f} times as long as convnext_tiny ({base:.0f} ms)')
+
+
+if __name__ == '__main__':
+    main()
