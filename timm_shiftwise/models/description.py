@@ -207,18 +207,15 @@ def _add_small_kernel_facts(facts: dict[str, Any], blocks: _Blocks) -> None:
     facts.update(kernel_size=weights[0].shape[-1], worked=worked, groups=maps)
     if weights[0].ndim == 5:
         facts['num_paths'] = weights[0].shape[0]
+    if not facts['reparameterized']:
+        facts['centre_norm'] = blocks.has('.conv_dw.norm_i.weight')
     # the ablation has one order and one path, and no channel passes through
     is_p_sw = worked == facts['dims'] and facts.get('num_paths', 1) == 1 and not merged_paths
     facts['family'] = 'p_sw' if is_p_sw else 'sw'
     if not blocks.has('.conv_dw.wiring'):
         return
     tables = blocks.every('.conv_dw.wiring', 3)
-    facts.update(
-        groups=tuple(table.shape[2] // 2 for table in tables),
-        num_shuffles=tables[0].shape[0],
-    )
-    if not facts['reparameterized']:
-        facts['centre_norm'] = blocks.has('.conv_dw.norm_i.weight')
+    facts.update(groups=tuple(table.shape[2] // 2 for table in tables), num_shuffles=tables[0].shape[0])
     picks = [table[:, :, -1] for table in tables if len(table) > 1 and table.shape[2] > 3 and not table.is_meta]
     if picks:  # of one order, or of one group, nothing can be told
         facts['single_centre'] = all(bool((pick == pick[0]).all()) for pick in picks)
@@ -253,8 +250,10 @@ def _nearest(family: str, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
     def agreement(variant: dict[str, Any]) -> tuple[bool, ...]:
         same_size = all(variant[name] == facts[name] for name in ('depths', 'dims'))
-        same_kernels = variant['kernel_size'] == facts['kernel_size']
-        return same_kernels, same_size, variant.get('padding') == facts.get('padding')
+        # of a ConvNeXt, and of a merged network, the side of its kernels alone tells that it is a grown one
+        name = 'centre_norm' if 'centre_norm' in facts else 'kernel_size'
+        alike = variant.get(name, True) == facts[name]
+        return alike, same_size, variant.get('padding') == facts.get('padding')
 
     # max takes the first of equals
     name = max(candidates, key=lambda name: agreement(candidates[name]))
