@@ -270,8 +270,12 @@ def test_a_network_without_its_last_stages_trains_sparse():
     assert not all(m.all() for m in masks_of(model))
 
 
-def test_an_ema_copy_has_the_masks_of_its_model():
-    model = make_model(prune_interval=1)
+paths_alike_or_apart = pytest.mark.parametrize('sharing', [1, 100])
+
+
+@paths_alike_or_apart
+def test_an_ema_copy_has_the_masks_of_its_model(sharing):
+    model = make_model(prune_interval=1, mask_sharing_interval=sharing)
     ema = ModelEmaV3(model, decay=0.9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(4):
@@ -336,9 +340,10 @@ def test_trained_weights_that_meet_a_new_optimizer_keep_their_masks(caplog):
     assert sum('Fine-tuning keeps the masks' in r.getMessage() for r in caplog.records) == 1
 
 
-def test_a_resumed_run_goes_on_with_its_schedule():
+@paths_alike_or_apart
+def test_a_resumed_run_goes_on_with_its_schedule(sharing):
     torch.manual_seed(0)
-    whole, resumed = make_model(), make_model()
+    whole, resumed = (make_model(mask_sharing_interval=sharing) for _ in range(2))
     optimizer = torch.optim.AdamW(whole.parameters())
     train_steps(whole, optimizer, 3)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
