@@ -1,4 +1,5 @@
 """A recipe as the YAML file that train.py reads, with comments for who reads it."""
+import shlex
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,7 @@ def recipe_text(
     parts = [
         _comment(
             f'Recipe of {model} for timm\'s train.py, written by\n\n    {command}\n\nStart the run with\n\n'
-            f'    {start} --config {file}{"" if data_dir else " --data-dir /path/to/imagenet"}\n\n'
+            f'    {start} --config {shlex.quote(file)}{"" if data_dir else " --data-dir /path/to/imagenet"}\n\n'
             f'Arguments on the command line override those given here. Source: {recipe.source}'),
         _settings(recipe.ours, model=model, device_modules=['timm_shiftwise']),
         _data(run, data_dir),
