@@ -124,7 +124,7 @@ def _fused_limit(call: Call, direction: str) -> float:
 
 
 def _toeplitz_limit(call: Call, direction: str) -> float:
-    # on CPUs the merged way takes less time in every stage and dtype, see docs/environment.md
+    # on CPUs the merged way takes less time in every stage, in bfloat16, too: benchmarks/bench_operator.py
     return -1. if call.x.device.type == 'cpu' else 1.
 
 
