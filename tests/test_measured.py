@@ -307,6 +307,9 @@ def test_the_merged_form_is_the_fastest_and_all_are_equal(form, monkeypatch):
     assert (record['direction'], record['way']) == ('merged', form)
     choices.timer = lambda function, device: out_of_memory()
     assert merged._fastest_form(x[:1], *arguments[1:]) is merged._as_products
+    monkeypatch.setattr(Choices, 'fastest', lambda *arguments: measured.Answer('quantum', ''))
+    with pytest.raises(ValueError, match=f"'quantum' of {ENVIRONMENT_VARIABLE} cannot be followed: .*channels_last"):
+        merged._fastest_form(*arguments)
 
 
 def test_a_profile_says_that_a_way_was_timed(timed):

@@ -14,6 +14,7 @@ from test_shiftwise_conv import assert_close, definition, make
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_shiftwise.layers import ShiftwiseConv2d
 from timm_shiftwise.layers.merged import _as_products
@@ -122,6 +123,20 @@ def test_a_tall_and_a_wide_convolution_are_added(height, width, memory_format):
     assert seen.is_contiguous(memory_format=memory_format)
     assert_close([seen], [wanted], EXACT)
     torch.library.opcheck(tall_wide_conv2d, (x, tall, wide))
+
+
+def test_a_pixel_of_a_large_map_costs_the_same_whatever_its_size():
+    def cost(side: int) -> float:
+        """Multiply-adds of the three branches for a pixel."""
+        x, weight = torch.empty(1, 1, side, side, device='meta'), torch.empty(1, 11, 5, 5, device='meta')
+        wiring = torch.zeros(1, 1, 23, dtype=torch.int32, device='meta')
+        with FlopCounterMode(display=False) as counter:
+            toeplitz_conv2d(Call(x, weight, wiring, None, 51))
+        return counter.get_total_flops() / 2 / side ** 2
+
+    assert cost(56) == 3 * 8 * 56  # the wide, the square and the tall kernel: 8 rows of 56 columns are seen
+    costs = [cost(side) for side in (120, 128, 200, 304, 512, 1024)]
+    assert max(costs) <= 1.2 * min(costs) <= 3 * cost(56)
 
 
 @pytest.mark.parametrize('ghost_ratio', [0., .4])

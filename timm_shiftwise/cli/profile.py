@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             network, args.on, batch_size=128 if args.batch_size is None else args.batch_size,
             dtype=args.dtype or 'bfloat16', img_size=args.img_size)
         timed_ways = CHOICES.records()
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     setting = {
         'device': args.device, 'threads': torch.get_num_threads(), 'batch_size': batch_size,

@@ -221,7 +221,11 @@ def _fastest_form(
     layer, size = layer_of(x, 'merged', 'full', *tall.shape[2:])
     answer = CHOICES.fastest(layer, size, x.device, lambda: {
         name: partial(form, x, tall, bias, wide, num_worked) for name, form in _FORMS.items()})
-    return _as_products if answer is None else _FORMS[answer.name]
+    if answer is None:
+        return _as_products
+    if answer.name not in _FORMS:
+        raise answer.refused(f'the forms that are timed are {", ".join(_FORMS)}')
+    return _FORMS[answer.name]
 
 
 def _ghosts(x: Tensor, tall: Tensor, bias: Tensor, num_worked: int) -> Tensor:

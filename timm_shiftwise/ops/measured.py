@@ -77,6 +77,10 @@ class Answer(NamedTuple):
     name: str
     reason: str
 
+    def refused(self, obstacle: str) -> ValueError:
+        """The error for a choice of the file that cannot be followed."""
+        return ValueError(f'The choice {self.name!r} of {ENVIRONMENT_VARIABLE} cannot be followed: {obstacle}.')
+
 
 def may_measure(x: Tensor) -> bool:
     """Whether a choice for a tensor is to be made by timing now."""

@@ -41,8 +41,6 @@ SINGLE = .7
 """Share of the arithmetic in float32 that matrix products reach."""
 LAUNCH = 4e-6
 """Seconds that a launch takes."""
-
-
 _NO_FIGURES = 'channels_last'
 """A way of whose convolutions, cuDNN's own for large depthwise kernels, no rate is known."""
 

@@ -26,7 +26,6 @@ import torch
 from timm_shiftwise.ops.backend import choose_backend, requested_backend
 from timm_shiftwise.ops.depthwise.frontend import LARGEST_UNROLLED
 from timm_shiftwise.ops.measured import CHOICES, layer_of, may_measure
-from timm_shiftwise.ops.measured import ENVIRONMENT_VARIABLE as CHOICES_VARIABLE
 from timm_shiftwise.ops.taichi.runtime import LANES
 
 from .call import Branches, Call, Gradients
@@ -140,7 +139,7 @@ def _fused_limit(call: Call, direction: str) -> float:
 
 
 def _toeplitz_limit(call: Call, direction: str) -> float:
-    # on CPUs the merged way takes less time in every stage and dtype, see docs/environment.md
+    # on CPUs the merged way takes less time in every stage, in bfloat16, too: benchmarks/bench_operator.py
     return -1. if call.x.device.type == 'cpu' else 1.
 
 
@@ -222,9 +221,11 @@ def _measured(call: Call, direction: str) -> Choice | None:
     if answer is None:
         return None
     way = _timed_ways().get(answer.name)
-    obstacle = 'there is no such way' if way is None else way.obstacle(call)
-    if way is None or obstacle is not None:
-        raise ValueError(f'The choice {answer.name!r} of {CHOICES_VARIABLE} cannot be followed: {obstacle}.')
+    if way is None:
+        raise answer.refused(f'the ways that are timed are {", ".join(_timed_ways())}')
+    obstacle = way.obstacle(call)
+    if obstacle is not None:
+        raise answer.refused(obstacle)
     return Choice(way, answer.reason)
 
 
