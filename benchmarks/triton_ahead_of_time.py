@@ -2,7 +2,8 @@
 
     python benchmarks/triton_ahead_of_time.py
 
-For each stage of sw_tiny at batch 128. A kernel that spills registers, or that has no matrix instructions, is an error.
+For each stage of sw_tiny at batch 128, and for a map that is not square. A kernel that spills registers, or that has no
+matrix instructions, is an error.
 """
 import argparse
 import re
@@ -30,6 +31,11 @@ from timm_shiftwise.ops.shiftwise_conv.fused_triton import (
 )
 
 KERNEL_SIZE = 5
+MAPS = {
+    **{f'stage {number}': (width, side, side, length) for number, (width, side, length) in enumerate(STAGES, 1)},
+    'not square': (8, 9, 70, 13),
+}
+"""Channels, height, width and focus length by name."""
 CAPABILITIES = (80, 90)  # A100, H100
 KINDS = (
     (torch.bfloat16, torch.contiguous_format, 'full'),
@@ -42,12 +48,11 @@ POINTED = {torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float32: '*fp3
 
 
 def launches(
-        stage: tuple[int, int, int], dtype: torch.dtype, memory_format: torch.memory_format,
-        padding: str) -> Iterator[tuple[str, Launch]]:
-    """What a training step of a stage starts, by name, on tensors without memory."""
-    channels, side, focus_length = stage
+        channels: int, height: int, width: int, focus_length: int, dtype: torch.dtype,
+        memory_format: torch.memory_format, padding: str) -> Iterator[tuple[str, Launch]]:
+    """What a layer starts in a training step, by name, on tensors without memory."""
     wiring = released_wiring('sw', channels, focus_length, KERNEL_SIZE, 1).to('meta')
-    maps = torch.empty(4, 128, channels, side, side, dtype=dtype, device='meta')
+    maps = torch.empty(4, 128, channels, height, width, dtype=dtype, device='meta')
     x, *grads = (each.contiguous(memory_format=memory_format) for each in maps)
     weight = x.new_empty(channels, wiring.shape[2] // 2, KERNEL_SIZE, KERNEL_SIZE)
     call = Call(x, weight, wiring, None, focus_length, padding)
@@ -98,16 +103,18 @@ def facts(kernel: CompiledKernel) -> dict[str, Any]:
 def main() -> None:
     """Compile, check, print and write."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument('--quick', action='store_true', help='the first stage in bfloat16 only')
+    options.add_argument('--quick', action='store_true', help='two of the maps, in bfloat16 only')
     options.add_argument('--output', type=Path, default=RESULTS / 'triton', help='where to write: .csv is added')
     args = options.parse_args()
     rows = []
-    for number, stage in enumerate(STAGES[:1] if args.quick else STAGES, 1):
+    for shown, shape in MAPS.items():
+        if args.quick and shown not in ('stage 1', 'not square'):
+            continue
         for dtype, memory_format, padding in KINDS[:1] if args.quick else KINDS:
             kind = {
-                'stage': number, 'dtype': str(dtype).removeprefix('torch.'), 'padding': padding,
+                'map': shown, 'dtype': str(dtype).removeprefix('torch.'), 'padding': padding,
                 'layout': 'contiguous' if memory_format == torch.contiguous_format else 'channels last'}
-            for name, launch in launches(stage, dtype, memory_format, padding):
+            for name, launch in launches(*shape, dtype, memory_format, padding):
                 for capability in CAPABILITIES:
                     row = {'kernel': name, **kind, 'capability': capability, **facts(compiled(launch, capability))}
                     if row['spills'] or row['spilled_bytes'] or not row['matrix_instructions']:

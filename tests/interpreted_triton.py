@@ -9,7 +9,8 @@ from test_shiftwise_conv import TOLERANCE, assert_close, make
 
 from timm_shiftwise.ops import shiftwise_conv2d
 from timm_shiftwise.ops.shiftwise_conv import fused_triton, ways
-from timm_shiftwise.ops.shiftwise_conv.fused_triton import fault
+from timm_shiftwise.ops.shiftwise_conv.call import Call
+from timm_shiftwise.ops.shiftwise_conv.fused_triton import fault, forward_launch
 from timm_shiftwise.ops.shiftwise_conv.shift import reference_conv2d
 
 CPU = torch.device('cpu')
@@ -70,6 +71,18 @@ def test_an_empty_batch(forced):
     sum(branch.sum() for branch in branches).backward()
     assert branches[0].shape == x.grad.shape == x.shape
     assert weight.grad.eq(0).all()
+
+
+def test_float32_is_multiplied_as_in_pytorchs_matrix_products():
+    x, weight, wiring = make(1, 3, 3, 1, 2, 2, torch.float32)
+    call = Call(x, weight, wiring, None, 3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, precision in (('highest', 'ieee'), ('high', 'tf32')):
+            torch.set_float32_matmul_precision(setting)
+            assert forward_launch(call, [x, x, x]).arguments['precision'] == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])

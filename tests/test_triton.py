@@ -32,7 +32,7 @@ def assert_sound(path: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     for row in rows:
         assert row['spills'] == row['spilled_bytes'] == '0' and int(row['registers']) < 255
-        assert row['matrix'] in {'80': ['HMMA'], '90': ['HMMA', 'HGMMA']}[row['capability']]
+        assert set(row['matrix'].split('/')) <= {'80': {'HMMA'}, '90': {'HMMA', 'HGMMA'}}[row['capability']]
         assert int(row['matrix_instructions']) > 0 and int(row['shared_bytes']) < 48 * 1024
     return rows
 
@@ -43,11 +43,14 @@ def test_compiled_ahead_of_time_they_do_not_spill_and_multiply_matrices(tmp_path
         TRITON_CACHE_DIR=str(tmp_path / 'cache'))
     rows = assert_sound(tmp_path / 'triton.csv')
     kernels = {'forward', 'input gradient', 'products, wide', 'products, tall'}
-    assert {(row['kernel'], row['capability']) for row in rows} == {(k, c) for k in kernels for c in ('80', '90')}
+    assert {(row['map'], row['kernel'], row['capability']) for row in rows} == {
+        (shown, kernel, capability)
+        for shown in ('stage 1', 'not square') for kernel in kernels for capability in ('80', '90')}
 
 
 def test_the_table_of_results_is_of_every_stage_dtype_and_capability():
     rows = assert_sound(ROOT / 'benchmarks' / 'results' / 'triton.csv')
-    assert {(row['stage'], row['dtype'], row['capability']) for row in rows} == {
-        (stage, dtype, capability)
-        for stage in '1234' for dtype in ('bfloat16', 'float16') for capability in ('80', '90')}
+    maps = 'stage 1', 'stage 2', 'stage 3', 'stage 4', 'not square'
+    assert {(row['map'], row['dtype'], row['capability']) for row in rows} == {
+        (shown, dtype, capability)
+        for shown in maps for dtype in ('bfloat16', 'float16') for capability in ('80', '90')}

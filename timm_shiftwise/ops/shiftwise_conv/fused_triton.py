@@ -26,12 +26,12 @@ LEAST_CAPABILITY = (8, 0)
 """Of GPUs: from there on they multiply bfloat16 and load asynchronously."""
 BRANCHES = ('wide', 'tall', 'square')
 """In the order of the operator's results."""
+OPTIONS = {'maxnreg': 255}
+"""Of the compiler: all registers that there are, for left alone it spills a few so that more programs fit."""
 _SMALLEST, _LARGEST = 16, {2: 64, 4: 32}
 """Side of a tile, by bytes of an element: what matrix instructions take at least, and what registers hold."""
 _LINES = 64
 """Lines of a tile: of a map or of several images' small maps."""
-OPTIONS = {'maxnreg': 255}
-"""Of the compiler: all registers that there are, for left alone it spills a few so that more programs fit."""
 _DEPTH = 32
 """Products that are summed at a time, at most; with more of them registers spill."""
 
@@ -190,7 +190,10 @@ def _alignment(*read: Tensor) -> int:
 
 def _precision() -> str:
     """How float32 is multiplied: as in PyTorch's own matrix products."""
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee'
+    matmul = torch.backends.cuda.matmul
+    # PyTorch 2.8 has the older name only, and later versions refuse to tell by it what was set by the newer
+    tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
+    return 'tf32' if tf32 else 'ieee'
 
 
 def _settings(call: Call) -> dict[str, Any]:
