@@ -171,7 +171,7 @@ BROKEN = {
     'bytes': ('wiring', lambda t: t.byte(), 'torch.uint8'),
     'short': ('wiring', lambda t: t[:, :, 1:], r'the shape \(\d, \d, \d\)'),
     'mask of bytes': ('group_mask', lambda t: t.byte(), 'must be bool .*torch.uint8'),
-    'mask of another shape': ('group_mask', lambda t: t[:, 1:], r'(the shape|has) \(\d, 2\)'),
+    'mask of another shape': ('group_mask', lambda t: t[..., 1:], r'(the shape|has) \((\d, )?\d, 2\)'),
     'another focus length': ('built_for', lambda t: t + 1, 'was made for'),
 }
 each_damage = pytest.mark.parametrize('table, damage, message', BROKEN.values(), ids=BROKEN)

@@ -388,8 +388,9 @@ def _misfits(
             found.append((key, f'{key} has the shape {tuple(state[key].shape)}, the model {tuple(wanted.shape)}'))
             continue
         operator = operators.get(key.rpartition('.')[0])
-        problem = operator.wrong_table(key, state[key]) if operator else ''
-        problem = problem or _wrong_values(key, state[key], wanted)
+        problem = _wrong_values(key, state[key], wanted)
+        if not problem and operator:
+            problem = operator.wrong_table(key, state[key])
         if problem:
             found.append((key, problem))
     return found + [(key, f'{key} is left over') for key in state if key not in own and not key.endswith(_COUNTER)]
