@@ -162,7 +162,7 @@ def _grown(operator: ShiftwiseConv2d, weight: Tensor, bias: Tensor) -> dict[str,
 
 
 def grow(model: str | nn.Module, **kwargs: Any) -> nn.Module:
-    """Grow a shift-wise network from a ConvNeXt: the same logits in eval mode, and a reach that training widens.
+    """Grow a shift-wise network from a ConvNeXt: the same logits, and a reach that training can widen.
 
     Any of timm's ConvNeXts of the first version will do that has plain LayerNorms, a stem of patches and a head without
     a hidden layer: ``convnext_tiny`` to ``convnext_xxlarge``, ``convnext_atto`` to ``convnext_nano``, DINOv3's and

@@ -175,7 +175,7 @@ def _ways_on(variant: str, cfg: PretrainedCfg) -> str:
     return (
         'Four ways on:\n'
         f"  - Start from a ConvNeXt: timm.create_model('{grown}', pretrained=True) has its weights, computes the same "
-        'and learns a larger reach as it is fine-tuned.\n'
+        'and can learn a larger reach as it is fine-tuned.\n'
         f'  - Train the network: timm-shiftwise recipe {variant} --data-dir IMAGENET, then python train.py --config '
         f'{variant}.yaml.\n'
         f"  - Convert the authors' checkpoint: timm-shiftwise convert FILE.pth --model {variant} --output FOLDER, "
