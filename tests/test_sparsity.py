@@ -54,6 +54,20 @@ def test_a_pruned_group_is_silent_on_its_path_and_gets_no_gradient(value):
         assert torch.equal(layer(x), out)
 
 
+def test_what_a_pruned_group_held_is_gone_when_it_grows():
+    model = make_model(sparsity=0.6, prune_interval=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train_steps(model, optimizer, 1)
+    with torch.no_grad():
+        for layer in model.sparsity.layers():
+            pruned = pruned_weights(layer)
+            layer.kernels[pruned] = float('nan')
+            optimizer.state[layer.kernels]['exp_avg_sq'][pruned] = float('inf')
+    train_steps(model, optimizer, 3)  # an exchange lies among them
+    for layer in model.sparsity.layers():
+        assert layer.kernels.isfinite().all() and optimizer.state[layer.kernels]['exp_avg_sq'].isfinite().all()
+
+
 def test_a_channel_without_groups_keeps_its_skip():
     layer = ShiftwiseConv2d(3, 7, 3, backend='torch').eval()
     layer.group_mask[:, 1] = False

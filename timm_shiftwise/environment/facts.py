@@ -1,6 +1,7 @@
 """What is installed, on what it runs, and how operators would be computed here."""
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,7 +40,7 @@ def facts() -> Iterator[tuple[str, str]]:
     if len(devices) == 1:
         yield 'accelerators', 'none that PyTorch sees'
     for name, value in sorted(os.environ.items()):
-        if name.startswith(('TIMM_SHIFTWISE_', 'HF_HUB_', 'HF_HOME', 'HF_ENDPOINT', 'TI_', 'CUDA_VISIBLE_DEVICES')):
+        if re.match('TIMM_SHIFTWISE_|HF_HUB_|HF_HOME|HF_ENDPOINT|TI_|CUDA_VISIBLE_DEVICES', name):
             yield f'${name}', value
     yield 'cache of weights', constants.HF_HUB_CACHE
     for device in devices:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .sharding import add, multiply, whole
+from .sharding import add, keep_only, whole
 
 SECOND_MOMENTS = frozenset({
     'exp_avg_sq', 'max_exp_avg_sq',  # Adam and its kin: NAdam, RAdam, LAMB, ADOPT, Adan, MARS, Muon's other half, ...
@@ -36,7 +36,7 @@ def exchange_state(states: Iterable[Mapping[str, Any]], weight: Tensor, keep: Te
     for key, value in ((key, value) for state in states for key, value in state.items()):
         if not isinstance(value, Tensor) or value.shape != weight.shape:
             continue
-        multiply(value, keep)
+        keep_only(value, keep)
         if key in SECOND_MOMENTS:
             count = keep.sum() * weight.shape[-1] ** 2
             add(value, grown * (whole(value).sum() / count.clamp(min=1)))

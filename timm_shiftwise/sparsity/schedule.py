@@ -26,7 +26,7 @@ from .masks import (
 )
 from .optimizer_state import exchange_state
 from .run_length import RunLength
-from .sharding import multiply, whole
+from .sharding import keep_only, whole
 from .steps import Step, Steps
 
 _logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class SparsitySchedule(nn.Module):
             # some optimisers, such as Kron, move weights that have no gradient
             layers = self.layers()
             for i in taken.states:
-                multiply(layers[i].kernels, layers[i].group_mask[..., None, None])
+                keep_only(layers[i].kernels, layers[i].group_mask[..., None, None])
 
     def _score(self, weight: nn.Parameter) -> Tensor | None:
         """What decides how many groups each path of a layer keeps, [P, C, K]; None if it is the same share in all."""
@@ -319,9 +319,9 @@ def _put_masks(layer: ShiftwiseConv2d, masks: Tensor, states: list[Mapping[str, 
     weight, masks = layer.kernels, masks.to(layer.group_mask.device)
     keep, grown = layer.group_mask & masks, ~layer.group_mask & masks
     layer.group_mask.copy_(masks)
-    multiply(weight, keep[..., None, None])
+    keep_only(weight, keep[..., None, None])
     if weight.grad is not None:
-        multiply(weight.grad, masks[..., None, None])
+        keep_only(weight.grad, masks[..., None, None])
     exchange_state(states, weight, keep, grown)
 
 

@@ -13,10 +13,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def multiply(tensor: Tensor, factor: Tensor) -> None:
-    """Multiply a tensor, or each rank's part of it, in place by a factor that every rank holds whole."""
-    part, of_factor = _parts(tensor, factor)
-    part.mul_(of_factor)
+def keep_only(tensor: Tensor, mask: Tensor) -> None:
+    """Set to zero, in place, what a boolean mask that every rank holds whole leaves out; a NaN there is gone, too."""
+    part, of_mask = _parts(tensor, mask)
+    part.masked_fill_(~of_mask, 0)
 
 
 def add(tensor: Tensor, summand: Tensor) -> None:
