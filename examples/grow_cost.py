@@ -13,7 +13,7 @@ from timm.utils import reparameterize_model
 from timm_shiftwise.profile.timing import take_turns
 
 BATCH = 1
-TURNS = 9
+TURNS = 25
 
 
 def merged(name: str) -> torch.nn.Module:
