@@ -407,11 +407,13 @@ def test_a_folder_that_gives_other_logits_is_not_kept(tmp_path, checkpoint, monk
     assert leftovers(tmp_path) == ['weights.pth']
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize(('value', 'error', 'said'), [
+    ('nan', CheckpointError, 'head.fc.bias holds NaN'), ('inf', HubError, 'not finite')])
+def test_weights_that_are_not_finite_are_refused(value, error, said, tmp_path):
     state = network().state_dict()
-    state['head.fc.bias'][0] = float('nan')
+    state['head.fc.bias'][0] = float(value)
     torch.save(state, tmp_path / 'weights.pth')
-    with pytest.raises(HubError, match='not finite'):
+    with pytest.raises(error, match=said):
         convert(tmp_path / 'weights.pth', tmp_path / 'out')
 
 

@@ -47,7 +47,8 @@ def trained(tmp_path_factory) -> Path:
         patch.setattr(quickstart, 'ENOUGH', 0.)
         patch.setenv('COLUMNS', '500')
         # no bar nor box that this terminal cannot show may keep the network from being saved
-        patch.setattr(sys, 'stdout', io.TextIOWrapper(said, encoding='cp1252', write_through=True))
+        terminal = io.TextIOWrapper(said, encoding='cp1252', write_through=True)
+        patch.setattr(sys, 'stdout', terminal)
         patch.setenv('FORCE_COLOR', '1')
         assert main(['quickstart', '--output', str(output), '--epochs', '1']) == 0
     (output.parent / 'said.txt').write_text(re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', said.getvalue().decode('cp1252')))

@@ -84,7 +84,7 @@ def _supports(operator: nn.Module) -> list[Tensor]:
     else:
         assert isinstance(operator, (ShiftwiseConv2d, MergedShiftConv2d))
         # the kernels themselves may be anything: which groups are kept decides
-        kept, size = operator.group_mask.float(), operator.kernel_size
+        kept, size = operator.kept_groups().float(), operator.kernel_size
         ones = kept[:, :, None, None].expand(-1, -1, size, size)
         kernels = list(assemble_centred(ones, operator.wiring, operator.focus_length))
     return [(kernel != 0).any(0).float()[None, None].cpu() for kernel in kernels]

@@ -113,6 +113,37 @@ _TEST = Recipe(
     published=False,
 )
 
+
+def finetuning(recipe: Recipe) -> Recipe:
+    """The recipe for a run that starts from weights.
+
+    Nothing of the kind was published with these networks. As in ConvNeXt's fine-tuning (arXiv 2201.03545, appendix),
+    the run is short, its learning rate low, and images are not mixed.
+    """
+    unmixed = {name: 0.0 for name in ('mixup', 'cutmix') if name in recipe.settings}
+    settings = {name: value for name, value in recipe.settings.items() if name != 'pretrained'}
+    return replace(
+        recipe,
+        settings={**settings, **unmixed},
+        ours={},
+        source='our own, for a start from weights: a short run with a low learning rate, whose images are not mixed.',
+        epochs=30,
+        warmup_epochs=2,
+        lr=5e-4,
+        total_batch=512,
+        warmup_lr=0.,
+        model_kwargs={},
+        published=False,
+    )
+
+
+def _grown(recipe: Recipe) -> Recipe:
+    """The recipe for fine-tuning from the ConvNeXt that a network is grown from."""
+    return replace(
+        finetuning(recipe), source="our own, for a start from a ConvNeXt's weights, which are fetched from the Hub.",
+        ours={}).varied(pretrained=True)
+
+
 RECIPES: dict[str, Recipe] = {
     'sw_tiny': _SHIFTWISE,
     'sw_small': _SHIFTWISE.varied(**_as_convnext('S', 0.4)),
@@ -134,28 +165,8 @@ RECIPES: dict[str, Recipe] = {
             'sparsity': 'the published run was pruned, to which share is not published; 0.4 is that of sw_tiny.',
         },
     ),
+    **{f'sw_convnext_{size}': _grown(_SHIFTWISE) for size in ('tiny', 'small', 'base', 'large')},
+    'test_sw_convnext': _grown(_TEST),
     'test_sw': _TEST,
 }
 """Recipes by the name of their network."""
-
-
-def finetuning(recipe: Recipe) -> Recipe:
-    """The recipe for a run that starts from weights.
-
-    Nothing of the kind was published with these networks. As in ConvNeXt's fine-tuning (arXiv 2201.03545, appendix),
-    the run is short, its learning rate low, and images are not mixed.
-    """
-    unmixed = {name: 0.0 for name in ('mixup', 'cutmix') if name in recipe.settings}
-    return replace(
-        recipe,
-        settings={**recipe.settings, **unmixed},
-        ours={},
-        source='our own, for a start from weights: a short run with a low learning rate, whose images are not mixed.',
-        epochs=30,
-        warmup_epochs=2,
-        lr=5e-4,
-        total_batch=512,
-        warmup_lr=0.,
-        model_kwargs={},
-        published=False,
-    )
