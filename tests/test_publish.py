@@ -291,14 +291,20 @@ def test_a_server_that_is_not_there_is_told(hub, folder):
 # the whole way
 
 
+SLAK, SW, SW_V2 = (
+    dict(depths=depths, dims=dims, size=size) for depths, dims, size in (
+        ((3, 3, 9, 3), (124, 249, 499, 998), 5), ((3, 3, 9, 3), (96, 192, 384, 768), 5),
+        ((3, 3, 18, 3), (80, 160, 320, 640), 3)))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('merged', [False, True], ids=['as_trained', 'merged'])
-@pytest.mark.parametrize('kind, model, sizes', [
-    ('slak', 'slak_tiny', dict(depths=(3, 3, 9, 3), dims=(124, 249, 499, 998), size=5)),
-    ('slak', 'eq_slak_tiny', dict(depths=(3, 3, 9, 3), dims=(124, 249, 499, 998), size=5)),
-    ('sw', 'sw_tiny', dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), size=5)),
-    ('sw_v2', 'sw_v2_tiny', dict(depths=(3, 3, 18, 3), dims=(80, 160, 320, 640), size=3)),
-], ids=['slak', 'eq_slak', 'sw', 'sw_v2'])
+@pytest.mark.parametrize(('kind', 'model', 'sizes', 'merged'), [
+    ('slak', 'slak_tiny', SLAK, False),
+    ('slak', 'eq_slak_tiny', SLAK, True),
+    ('sw', 'sw_tiny', SW, False),
+    ('sw', 'sw_tiny', SW, True),
+    ('sw_v2', 'sw_v2_tiny', SW_V2, True),
+], ids=['slak', 'eq_slak, merged', 'sw', 'sw, merged', 'sw_v2, merged'])
 def test_a_checkpoint_of_full_size_goes_all_the_way(hub, tmp_path, kind, model, sizes, merged):
     net = AuthorsNetwork(kind, lengths=(51, 49, 47, 13), classes=1000, **sizes)
     state = net.state(pruned=0.45)
