@@ -1,6 +1,5 @@
 """`timm-shiftwise recipe MODEL`: write the training recipe of a model, fitted to a run, for train.py's `--config`."""
 import argparse
-import os
 import shlex
 from pathlib import Path
 
@@ -99,14 +98,13 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def _write(text: str, output: Path, overwrite: bool) -> None:
-    """Write a file beside its place and rename it; one that says the same is left as it is."""
-    partial = output.with_name(f'.{output.name}.{os.getpid()}.partial')
+    """Write a file; one that says the same is left as it is."""
+    from ..ops.files import replacing
+
     try:
         if output.exists() and not overwrite and output.read_text(encoding='utf-8') != text:
             raise CommandError(f'{output} is there already and says something else; --overwrite replaces it')
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, output)
+        with replacing(output) as partial:
+            partial.write_text(text, encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f'--output {output} cannot be written: {error}') from error
-    finally:
-        partial.unlink(missing_ok=True)
