@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
 from timm_shiftwise.ops.checks import check_indices
@@ -74,7 +75,7 @@ class MergedConv2d(Operator):
         tall_weight[self.num_worked:, 0, long // 2, short // 2] = 1
 
     @torch.no_grad()
-    def fold_norm(self, norm: nn.BatchNorm2d) -> None:
+    def fold_norm(self, norm: _BatchNorm) -> None:
         """Take a BatchNorm that follows into the kernels and the bias."""
         assert self.tall.bias is not None
         scale, bias = fold_batch_norm(norm)
@@ -323,7 +324,7 @@ def merge_shiftwise(
     merged.set_branches(wide, tall, square, bias)
 
 
-def fold_batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def fold_batch_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """What a BatchNorm amounts to at inference: a scale and a bias, both float64 [C]."""
     mean, variance = norm.get_buffer('running_mean').double(), norm.get_buffer('running_var').double()
     scale = norm.weight.detach().double() / (variance + norm.eps).sqrt()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_shiftwise.layers import ShiftwiseConv2d
 
@@ -60,7 +61,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = Non
         raise ValueError(f'batches must be at least 1, got {batches!r}.')
     norms = [
         norm for layer in model.modules() if isinstance(layer, ShiftwiseConv2d)
-        for norm in layer.children() if isinstance(norm, nn.BatchNorm2d)]
+        for norm in layer.children() if isinstance(norm, _BatchNorm)]
     if not norms:
         raise ValueError('The network has no BatchNorm in a shift-wise operator: is it merged for inference?')
     seen = [_Statistics() for _ in norms]
@@ -84,7 +85,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = Non
     return model
 
 
-def _keep_function(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+def _keep_function(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     """Give a norm other running statistics, and the weight and bias with which it computes the same."""
     old_mean, old_variance = norm.get_buffer('running_mean'), norm.get_buffer('running_var')
     scale = norm.weight.double() / (old_variance.double() + norm.eps).sqrt()

@@ -16,6 +16,7 @@ from timm.layers import get_act_layer
 from timm.models import ConvNeXt
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_shiftwise.layers import ShiftwiseConv2d
 from timm_shiftwise.sparsity.schedule import WAITING
@@ -148,7 +149,7 @@ def _grown(operator: ShiftwiseConv2d, weight: Tensor, bias: Tensor) -> dict[str,
     }
     for branch in ('norm_h', 'norm_v', 'norm_i'):
         norm = getattr(operator, branch)
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, _BatchNorm):
             # with these statistics a BatchNorm divides by the root of 1 + eps
             scale = (1 + norm.eps) ** 0.5 if branch == 'norm_i' else operator.grow_init
             like = bias.detach().to(kernels)
