@@ -92,13 +92,10 @@ def _measure(args: argparse.Namespace, name: str, checkpoint: str) -> 'Receptive
     import timm
     import torch
 
-    from ..receptive_field import erf, layer_scales
+    from ..receptive_field import erf, layer_scales, size_arguments
 
     size = None if args.size is None else (args.size[0], args.size[-1])
-    kwargs = dict(args.model_kwargs)
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if size is not None and cfg is not None and cfg.fixed_input_size:
-        kwargs['img_size'] = size  # its positions have one size only
+    kwargs = {**dict(args.model_kwargs), **size_arguments(name, size)}
     weights = 'published' if args.pretrained or ':' in name else 'random'
     if checkpoint != '-':
         kwargs['checkpoint_path'], weights = checkpoint, Path(checkpoint).name

@@ -92,10 +92,10 @@ def _network(args: argparse.Namespace) -> 'tuple[ShiftwiseNet, list[str] | None]
         network = build_network(args.network, pretrained=trained, **kwargs)
         told: Any = getattr(network, 'pretrained_cfg', None) or {}
     else:
-        from ..hub.source import read_source
+        from ..hub.source import read_json
 
         network, _ = load_network(args.network, args.model, kwargs)
-        told = read_source(args.network).config
+        told = read_json(Path(args.network) / 'config.json') if Path(args.network).is_dir() else {}
     names = told.get('label_names')
     return network, list(names) if isinstance(names, (list, tuple)) and len(names) == network.num_classes else None
 

@@ -69,7 +69,7 @@ def read_source(path: str | Path, use_ema: bool = True) -> Source:
     if file is None:
         raise HubError(f'The folder {path} has no weights: looked for {", ".join((*TRAINED, *SAVED))}.')
     if file.name in SAVED:
-        return Source(file, read_weights(file, use_ema), config=_read_json(path / 'config.json'))
+        return Source(file, read_weights(file, use_ema), config=read_json(path / 'config.json'))
     return Source(
         file,
         read_weights(file, use_ema),
@@ -169,7 +169,12 @@ def _read_text(file: Path, most: int = _MAX_TEXT) -> str:
         raise HubError(f'{file} cannot be read: {error}.') from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read names and values from a JSON file; none if there is no such file.
+
+    Raises:
+        HubError: If it is no JSON, or holds something else.
+    """
     try:
         return _mapping(json.loads(_read_text(file) or '{}'), file)
     except (ValueError, RecursionError) as error:

@@ -148,7 +148,7 @@ def erf(
         raise ValueError(f'samples must be at least 1, got {samples}.')
     if isinstance(model, str):
         name, weights = name or model, weights or ('published' if pretrained else 'random')
-        model = timm.create_model(model, pretrained=pretrained, **_resized(model, size))
+        model = timm.create_model(model, pretrained=pretrained, **size_arguments(model, size))
     named = name or type(model).__name__
     shown = seen or ('Gaussian noise' if images is None else 'images')
     source = _noise(_size_of(model, size), samples, seed) if images is None else _single(images)
@@ -187,7 +187,7 @@ def _described(weights: str, model: nn.Module) -> str:
     return weights if largest > _ACTING else f'{weights}, layer scale {largest:.0e}: blocks hardly act'
 
 
-def _resized(model: str, size: int | tuple[int, int] | None) -> dict[str, Any]:
+def size_arguments(model: str, size: int | tuple[int, int] | None) -> dict[str, Any]:
     """What makes timm build a network for another size, where its positions have one size only."""
     fixed = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     return dict(img_size=size) if size is not None and fixed is not None and fixed.fixed_input_size else {}
