@@ -3,8 +3,8 @@
     python ci/timm_tests.py [options of pytest]
 
 The test file is taken unchanged from the source distribution of the timm version that is installed. Its environment
-variable TORCH_BACKEND makes it import this package before it lists timm's models; a small pytest plugin keeps the tests
-of our models.
+variable TORCH_BACKEND makes it import this package before it lists timm's models. This file is also the pytest plugin
+that keeps the tests of our models, in each of the processes that share them.
 """
 import importlib.metadata
 import os
@@ -38,34 +38,36 @@ NEEDS_TIMM_ORGANISATION = {'test_model_inference'}
 """Compares with tensors that timm publishes beside its own weights, in its own organisation on the Hub."""
 
 
-class OurModels:
-    """Pytest plugin that keeps the tests of this package's models, and counts what becomes of them."""
+class Outcomes:
+    """Pytest plugin that counts what becomes of the tests, whichever process runs them."""
 
     def __init__(self) -> None:
-        self.collected: Counter[str] = Counter()
-        self.models: set[str] = set()
+        self.run: Counter[str] = Counter()
         self.skipped: list[str] = []
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Keep the tests whose parameter model_name is one of ours."""
-        self.models = our_models()
-        ours = [item for item in items if self._is_ours(item)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
-        items[:] = ours
-        self.collected = Counter(item.originalname for item in ours if isinstance(item, pytest.Function))
-
-    def _is_ours(self, item: pytest.Item) -> bool:
-        if not isinstance(item, pytest.Function) or not hasattr(item, 'callspec'):
-            return False
-        name = str(item.callspec.params.get('model_name'))
-        if name.split('.')[0] not in self.models or item.originalname in NEEDS_TIMM_ORGANISATION:
-            return False
-        return item.originalname not in NEEDS_WEIGHTS or has_packaged_weights(name)
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Remember skips."""
+        """Count a test by its name without parameters, and remember skips."""
         if report.skipped:
             self.skipped.append(report.nodeid)
+        elif report.when == 'call':
+            self.run[report.nodeid.split('::')[-1].split('[')[0]] += 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests whose parameter model_name is one of ours; each process that collects loads this file for it."""
+    models = our_models()
+    ours = [item for item in items if _is_ours(item, models)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours
+
+
+def _is_ours(item: pytest.Item, models: set[str]) -> bool:
+    if not isinstance(item, pytest.Function) or not hasattr(item, 'callspec'):
+        return False
+    name = str(item.callspec.params.get('model_name'))
+    if name.split('.')[0] not in models or item.originalname in NEEDS_TIMM_ORGANISATION:
+        return False
+    return item.originalname not in NEEDS_WEIGHTS or has_packaged_weights(name)
 
 
 def our_models() -> set[str]:
@@ -104,19 +106,24 @@ def fetch_tests(folder: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Fetch the tests, run them, and return pytest's exit status, 1 if a test was skipped or missing."""
     os.environ['TORCH_BACKEND'] = PACKAGE
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # one process a core
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fetch_tests(folder)
         os.chdir(folder)
-        plugin = OurModels()
-        status = int(pytest.main(['tests/test_models.py', '-rs', '--no-header', *arguments], plugins=[plugin]))
+        outcomes = Outcomes()
+        plugin = Path(__file__).stem
+        status = int(pytest.main(
+            ['tests/test_models.py', '-p', plugin, '-n', 'auto', '-rs', '--no-header', *arguments],
+            plugins=[outcomes]))
         os.chdir('/')
-    missing = sorted(test for test in ONCE_PER_MODEL if plugin.collected[test] < len(plugin.models))
+        models = our_models()
+    missing = sorted(test for test in ONCE_PER_MODEL if outcomes.run[test] < len(models))
     if missing:
         print(f'Not every model met {", ".join(missing)}.')
-    if plugin.skipped:
-        print(f'Skipped: {", ".join(plugin.skipped)}.')
-    return status or int(bool(missing or plugin.skipped))
+    if outcomes.skipped:
+        print(f'Skipped: {", ".join(outcomes.skipped)}.')
+    return status or int(bool(missing or outcomes.skipped))
 
 
 if __name__ == '__main__':
