@@ -6,6 +6,7 @@
 Vulkan stands in for CUDA: the kernels are the same, the code that is generated from them is not.
 """
 import sys
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def difference(seen: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((seen.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
-def errors(case: tuple, dtype: torch.dtype) -> tuple[float, float]:
+def errors(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[float, float]:
     """How far the forward and the backward kernel are from the definition in float64."""
     from timm_shiftwise.ops.shift_add.taichi_gather import backward_gather, forward_gather
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
@@ -221,7 +221,7 @@ def _say(console: Console, what: str, text: str) -> None:
 
 
 def _train(
-        console: Console, model: 'ShiftwiseNet', images: 'DataLoader', exam: 'DataLoader', epochs: int,
+        console: Console, model: 'ShiftwiseNet', images: 'DataLoader[Any]', exam: 'DataLoader[Any]', epochs: int,
         device: 'torch.device') -> None:
     from timm_shiftwise.quickstart.training import train
 
@@ -285,7 +285,7 @@ def _save(model: 'ShiftwiseNet', folder: Path, place: Path, scores: 'Scores', re
     write_folder(model, folder, {}, facts, dict(label_names=list(CLASSES)))
 
 
-def _load_back(folder: Path, scores: 'Scores', exam: 'DataLoader', device: 'torch.device') -> 'nn.Module':
+def _load_back(folder: Path, scores: 'Scores', exam: 'DataLoader[Any]', device: 'torch.device') -> 'nn.Module':
     import timm
     import torch
 
@@ -297,7 +297,7 @@ def _load_back(folder: Path, scores: 'Scores', exam: 'DataLoader', device: 'torc
     return model
 
 
-def _merging_table(model: 'nn.Module', exam: 'DataLoader', device: 'torch.device') -> Table:
+def _merging_table(model: 'nn.Module', exam: 'DataLoader[Any]', device: 'torch.device') -> Table:
     """Accuracy and latency of the network as it was trained, and merged for inference."""
     from timm.utils import reparameterize_model
 

@@ -101,7 +101,7 @@ class _explained:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, OSError):
             raise SiteError(f'{self._folder} cannot be changed: {error.strerror or error}.') from error
 

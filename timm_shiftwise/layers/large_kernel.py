@@ -2,9 +2,12 @@
 
 Source: SLaK (arXiv 2207.03620), Section 3.
 """
+from typing import Any
+
 import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
+from torch.types import Device
 
 from timm_shiftwise.geometry import check_geometry
 from timm_shiftwise.ops import in_autocast_dtype
@@ -40,9 +43,9 @@ class LargeKernelConv2d(nn.Module):
     """
 
     def __init__(
-            self, dim: int, focus_length: int, kernel_size: int = 5, *, large_map: bool = False, device=None,
-            dtype=None) -> None:
-        dd = {'device': device, 'dtype': dtype}
+            self, dim: int, focus_length: int, kernel_size: int = 5, *, large_map: bool = False, device: Device = None,
+            dtype: torch.dtype | None = None) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         check_geometry(focus_length, kernel_size, 'full')
         self.dim = dim
@@ -80,7 +83,7 @@ class LargeKernelConv2d(nn.Module):
         return merged.train(self.training)
 
 
-def _depthwise(dim: int, rows: int, columns: int, **dd) -> nn.Conv2d:
+def _depthwise(dim: int, rows: int, columns: int, **dd: Any) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, (rows, columns), padding=(rows // 2, columns // 2), groups=dim, bias=False, **dd)
 
 

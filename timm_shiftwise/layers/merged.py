@@ -7,12 +7,14 @@ Source: Shift-ConvNets (arXiv 2401.12736), Section 3 (re-parameterisation; Eq. 1
 """
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.types import Device
 
 from timm_shiftwise.ops import in_autocast_dtype, shiftwise_conv2d
 from timm_shiftwise.ops.checks import check_indices
@@ -45,8 +47,9 @@ class MergedConv2d(Operator):
     """
 
     def __init__(
-            self, dim: int, focus_length: int, kernel_size: int = 5, *, device=None, dtype=None, **settings) -> None:
-        dd = {'device': device, 'dtype': dtype}
+            self, dim: int, focus_length: int, kernel_size: int = 5, *, device: Device = None,
+            dtype: torch.dtype | None = None, **settings: Any) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(dim, focus_length, kernel_size, device=device, **settings)
         long, short = merged_sides(focus_length, kernel_size, assembled=self.operator != 'slak')
         self.tall = nn.Conv2d(dim, dim, (long, short), padding=(long // 2, short // 2), groups=dim, **dd)
@@ -260,8 +263,9 @@ class MergedShiftConv2d(Operator):
 
     def __init__(
             self, dim: int, focus_length: int, kernel_size: int = 5, *, num_shuffles: int = 1,
-            backend: str | None = None, device=None, dtype=None, **settings) -> None:
-        dd = {'device': device, 'dtype': dtype}
+            backend: str | None = None, device: Device = None, dtype: torch.dtype | None = None,
+            **settings: Any) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(dim, focus_length, kernel_size, padding='same', device=device, **settings)
         self.backend = backend
         self.inner_skip = self.operator == 'sw'

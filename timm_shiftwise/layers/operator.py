@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from timm_shiftwise.geometry import check_geometry, small_padding
 
@@ -35,7 +36,7 @@ class Operator(nn.Module):
 
     def __init__(
             self, dim: int, focus_length: int, kernel_size: int, *, operator: str = 'sw', ghost_ratio: float = 0.,
-            ghost_split: str = 'v1', padding: str = 'full', large_map: bool = False, device=None) -> None:
+            ghost_split: str = 'v1', padding: str = 'full', large_map: bool = False, device: Device = None) -> None:
         super().__init__()
         check_geometry(focus_length, kernel_size, padding)
         if operator not in OPERATORS:
@@ -57,7 +58,7 @@ class Operator(nn.Module):
         # shapes alone do not tell M: a checkpoint says for which geometry its kernels were made
         self.register_buffer('built_for', self.geometry(device))
 
-    def geometry(self, device=None) -> Tensor:
+    def geometry(self, device: Device = None) -> Tensor:
         """M, N and p, int32."""
         pad = small_padding(self.kernel_size, self.padding)
         return torch.tensor((self.focus_length, self.kernel_size, pad), dtype=torch.int32, device=device)
@@ -113,7 +114,7 @@ class Operator(nn.Module):
         keys = [key for name in self._buffers if (key := f'{prefix}{name}') in state_dict]
         return list(filter(None, (self.wrong_table(key, state_dict[key]) for key in keys)))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # whatever wraps the operator comes this way; raised, not noted, so that nothing of it is changed
         problems = self.wrong_tables(state_dict, prefix)
         if f'{prefix}geometry' in state_dict:

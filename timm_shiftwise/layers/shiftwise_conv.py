@@ -2,6 +2,7 @@
 
 Source: Shift-ConvNets (arXiv 2401.12736), Section 3.
 """
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.types import Device
 
 from timm_shiftwise.ops import contiguous_gradient, in_autocast_dtype, shiftwise_conv2d
 
@@ -57,8 +59,8 @@ class ShiftwiseConv2d(Operator):
     def __init__(
             self, dim: int, focus_length: int, kernel_size: int = 5, *, num_paths: int = 1, num_shuffles: int = 1,
             single_centre: bool = False, centre_norm: bool = True, grow_init: float = 0., backend: str | None = None,
-            device=None, dtype=None, **settings) -> None:
-        dd = {'device': device, 'dtype': dtype}
+            device: Device = None, dtype: torch.dtype | None = None, **settings: Any) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(dim, focus_length, kernel_size, device=device, **settings)
         if num_paths < 1:
             raise ValueError(f'num_paths must be at least 1, got {num_paths}.')
@@ -84,11 +86,11 @@ class ShiftwiseConv2d(Operator):
             self.single_centre)
         return {'wiring': wiring, 'built_for': self.geometry('cpu')}
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ShiftwiseConv2d':
         # model.to(memory_format=torch.channels_last) would convert the five axes of the kernels, too, and fail
         return super()._apply(lambda t: fn(t[None])[0] if t.ndim == 5 else fn(t), recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = f'{prefix}group_mask'
         if key in state_dict:
             state_dict[key] = of_each_path(state_dict[key], len(self.group_mask))

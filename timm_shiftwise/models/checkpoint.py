@@ -160,7 +160,7 @@ def translate_within(state_dict: dict[str, Any], prefix: str, model: nn.Module) 
     _tell_order(found, model, shows_features=inside or _has_no_classifier(own))
 
 
-def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args) -> None:
+def load_into_features(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Hook before a load: lets timm's ``features_only`` wrapper take a checkpoint of the whole network.
 
     The wrapper holds the network's parts under names of its own; the head and later stages are left out. What such a

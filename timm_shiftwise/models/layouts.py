@@ -392,7 +392,7 @@ def _stage_of(key: str, last: int = 0) -> int:
     return int(number) if part == 'stages' else {'stem': 0, 'head': last}[part]
 
 
-def _is_permutation(values: list, count: int) -> bool:
+def _is_permutation(values: list[Any], count: int) -> bool:
     return not any(isinstance(value, complex) for value in values) and sorted(values) == list(range(count))
 
 

@@ -39,6 +39,8 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.types import Device
 
 from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftConv2d, ShiftwiseConv2d
 from timm_shiftwise.sparsity import SparsitySchedule, keep_masks
@@ -74,15 +76,15 @@ class ShiftwiseBlock(nn.Module):
             conv_layer: Callable[..., nn.Module],
             mlp_ratio: float = 4.,
             ls_init_value: float | None = 1e-6,
-            act_layer: str | Callable = 'gelu',
+            act_layer: str | Callable[..., nn.Module] = 'gelu',
             norm_layer: Callable[..., nn.Module] = LayerNorm,
             norm_eps: float = 1e-6,
             drop_path: float = 0.,
             reparameterized: bool = False,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if reparameterized:
             ls_init_value = None
@@ -121,13 +123,13 @@ class ShiftwiseBlock(nn.Module):
             self.gamma = None
 
 
-def patch_stem(in_chans: int, dim: int, norm_eps: float, **dd) -> nn.Sequential:
+def patch_stem(in_chans: int, dim: int, norm_eps: float, **dd: Any) -> nn.Sequential:
     """Convolution of 4 x 4 patches -> LayerNorm: a quarter of the image's side."""
     return nn.Sequential(
         nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, **dd), LayerNorm2d(dim, eps=norm_eps, **dd))
 
 
-def patch_downsample(in_chs: int, out_chs: int, norm_eps: float, **dd) -> nn.Sequential:
+def patch_downsample(in_chs: int, out_chs: int, norm_eps: float, **dd: Any) -> nn.Sequential:
     """LayerNorm -> convolution of 2 x 2 patches: half of the map's side."""
     return nn.Sequential(
         LayerNorm2d(in_chs, eps=norm_eps, **dd), nn.Conv2d(in_chs, out_chs, kernel_size=2, stride=2, **dd))
@@ -152,8 +154,9 @@ class ShiftwiseStage(nn.Module):
     def __init__(
             self, in_chs: int, out_chs: int, depth: int, conv_layer: Callable[..., nn.Module],
             block_layer: Callable[..., nn.Module], downsample_layer: Callable[..., nn.Module] | None,
-            drop_path_rates: list[float], ls_init_value: float | None = 1e-6, device=None, dtype=None) -> None:
-        dd = {'device': device, 'dtype': dtype}
+            drop_path_rates: list[float], ls_init_value: float | None = 1e-6,
+            device: Device = None, dtype: torch.dtype | None = None) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample_layer(in_chs, out_chs, **dd) if downsample_layer else nn.Identity()
@@ -249,7 +252,7 @@ class ShiftwiseNet(nn.Module):
             grow_init: float = 0.,
             padding: str = 'full',
             ls_init_value: float | None = 1e-6,
-            act_layer: str | Callable = 'gelu',
+            act_layer: str | Callable[..., nn.Module] = 'gelu',
             norm_eps: float = 1e-6,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -262,10 +265,10 @@ class ShiftwiseNet(nn.Module):
             mask_sharing_interval: int = 1,
             reparameterized: bool = False,
             backend: str | None = None,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if not len(depths) == len(dims) == len(focus_lengths) >= 1:
             raise ValueError(
@@ -356,7 +359,8 @@ class ShiftwiseNet(nn.Module):
         """
         named_apply(partial(_init_weights, needs_reset=needs_reset), self)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(
+            self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Load a checkpoint of our layout, version 0.1's, the authors' or a ConvNeXt's.
 
         See :func:`checkpoint_filter_fn`.
@@ -377,7 +381,7 @@ class ShiftwiseNet(nn.Module):
         """
         return super().load_state_dict(fitting(state_dict, self, strict), strict, assign)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # what wraps the network, such as DistributedDataParallel, comes this way only
         translate_within(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -388,7 +392,7 @@ class ShiftwiseNet(nn.Module):
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, str | list]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         return dict(
             stem=r'^stem',
@@ -502,7 +506,7 @@ _OF_TRAINING = ('num_paths', 'single_centre', 'centre_norm', 'grow_init')
 """Arguments of an operator that its merged form does not have."""
 
 
-def _conv_layer(operator: str, reparameterized: bool, **settings) -> Callable[..., nn.Module]:
+def _conv_layer(operator: str, reparameterized: bool, **settings: Any) -> Callable[..., nn.Module]:
     """What makes the operator of a block: called with its channels and its own keywords."""
     if operator == 'slak' and not reparameterized:
         names = ('focus_length', 'kernel_size', 'large_map')
@@ -516,7 +520,7 @@ def _conv_layer(operator: str, reparameterized: bool, **settings) -> Callable[..
     return partial(layer, operator=operator, **{name: value for name, value in settings.items() if name not in unused})
 
 
-def _refuse_for_slak(**settings) -> None:
+def _refuse_for_slak(**settings: Any) -> None:
     plain = dict(
         ghost_ratio=0., num_paths=1, num_shuffles=1, single_centre=False, centre_norm=True, grow_init=0.,
         padding='full', sparsity=0.)
@@ -547,7 +551,8 @@ def _filter_pretrained(
 
 
 def create_shiftwise(
-        variant: str, pretrained: bool = False, model_cls: type[ShiftwiseNet] = ShiftwiseNet, **kwargs) -> ShiftwiseNet:
+        variant: str, pretrained: bool = False, model_cls: type[ShiftwiseNet] = ShiftwiseNet,
+        **kwargs: Any) -> ShiftwiseNet:
     """Build a registered network through timm, with its weights if asked for."""
     with explain_missing_weights(variant, pretrained, kwargs):
         model = build_model_with_cfg(
@@ -563,11 +568,11 @@ def create_shiftwise(
     return model
 
 
-def _create_shiftwise(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def _create_shiftwise(variant: str, pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     return create_shiftwise(variant, pretrained, **dict(SHIFTWISE[variant], **kwargs))
 
 
-def _cfg(url: str = '', **kwargs) -> dict:
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -615,72 +620,72 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet, tiny."""
     return _create_shiftwise('sw_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_small(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet, small."""
     return _create_shiftwise('sw_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_base(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet, base."""
     return _create_shiftwise('sw_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def slak_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def slak_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """SLaK, tiny, width 1.3."""
     return _create_shiftwise('slak_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def slak_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def slak_small(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """SLaK, small, width 1.3."""
     return _create_shiftwise('slak_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def slak_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def slak_base(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """SLaK, base, width 1.3."""
     return _create_shiftwise('slak_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eq_slak_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def eq_slak_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """SLaK, tiny, width 1.3, its large kernels made of shifted small ones."""
     return _create_shiftwise('eq_slak_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eq_slak_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def eq_slak_small(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """SLaK, small, width 1.3, its large kernels made of shifted small ones."""
     return _create_shiftwise('eq_slak_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def eq_slak_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def eq_slak_base(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """SLaK, base, width 1.3, its large kernels made of shifted small ones."""
     return _create_shiftwise('eq_slak_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def p_sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def p_sw_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """The paper's ablation p-SW: small kernels shared by the branches, every window kept (p = N - 1)."""
     return _create_shiftwise('p_sw_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def p2_sw_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def p2_sw_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """The paper's ablation p2-SW: as p-SW, windows centred outside of the image dropped (p = N // 2)."""
     return _create_shiftwise('p2_sw_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def test_sw(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def test_sw(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """A shift-wise ConvNet small enough for tests and the quickstart."""
     return _create_shiftwise('test_sw', pretrained=pretrained, **kwargs)

@@ -6,6 +6,7 @@ Their pretrained weights are the ConvNeXts' own, which timm publishes; ``grow.py
 and licences are those that timm gives there.
 """
 from dataclasses import replace
+from typing import Any
 
 from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 
@@ -15,7 +16,7 @@ from .variants import SHIFTWISE
 __all__: list[str] = []  # the registry adds each entrypoint
 
 
-def _create_grown(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def _create_grown(variant: str, pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     return create_shiftwise(variant, pretrained, **dict(SHIFTWISE[variant], **kwargs))
 
 
@@ -30,30 +31,30 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def sw_convnext_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """ConvNeXt, tiny, with the reach of shift-wise operators."""
     return _create_grown('sw_convnext_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_convnext_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_convnext_small(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """ConvNeXt, small, with the reach of shift-wise operators."""
     return _create_grown('sw_convnext_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_convnext_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_convnext_base(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """ConvNeXt, base, with the reach of shift-wise operators."""
     return _create_grown('sw_convnext_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_convnext_large(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_convnext_large(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """ConvNeXt, large, with the reach of shift-wise operators."""
     return _create_grown('sw_convnext_large', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def test_sw_convnext(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def test_sw_convnext(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """timm's small test_convnext, with the reach of shift-wise operators."""
     return _create_grown('test_sw_convnext', pretrained=pretrained, **kwargs)

@@ -17,12 +17,13 @@ The tag ``authors_in1k`` stands for the authors' own weights, translated.
 """
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, GlobalResponseNormMlp, LayerNorm2d, SqueezeExcite, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.types import Device
 
 from timm_shiftwise.layers import MergedConv2d, ShiftwiseConv2d
 from timm_shiftwise.layers.merged import fold_batch_norm
@@ -62,15 +63,15 @@ class ShiftwiseBlockV2(nn.Module):
             mlp_ratio: float = 4.,
             se_ratio: float = 0.25,
             ls_init_value: float | None = 1e-6,
-            act_layer: str | Callable = 'gelu',
+            act_layer: str | Callable[..., nn.Module] = 'gelu',
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             norm_eps: float = 1e-6,
             drop_path: float = 0.,
             reparameterized: bool = False,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if reparameterized:
             ls_init_value = None
@@ -127,7 +128,7 @@ class ShiftwiseBlockV2(nn.Module):
         self.gamma = None
 
 
-def overlapping_stem(in_chans: int, dim: int, norm_eps: float, **dd) -> nn.Sequential:
+def overlapping_stem(in_chans: int, dim: int, norm_eps: float, **dd: Any) -> nn.Sequential:
     """Two overlapping convolutions, each with a LayerNorm: a quarter of the image's side, rounded up."""
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd),
@@ -138,7 +139,7 @@ def overlapping_stem(in_chans: int, dim: int, norm_eps: float, **dd) -> nn.Seque
     )
 
 
-def overlapping_downsample(in_chs: int, out_chs: int, norm_eps: float, **dd) -> nn.Sequential:
+def overlapping_downsample(in_chs: int, out_chs: int, norm_eps: float, **dd: Any) -> nn.Sequential:
     """Overlapping convolution -> LayerNorm: half of the map's side, rounded up."""
     return nn.Sequential(
         nn.Conv2d(in_chs, out_chs, kernel_size=3, stride=2, padding=1, **dd),
@@ -157,7 +158,7 @@ class ShiftwiseNetV2(ShiftwiseNet):
     ghost_split = 'v2'
 
 
-def _create_shiftwise_v2(variant: str, pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def _create_shiftwise_v2(variant: str, pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     return create_shiftwise(variant, pretrained, ShiftwiseNetV2, **dict(SHIFTWISE_V2[variant], **kwargs))
 
 
@@ -174,24 +175,24 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def sw_v2_tiny(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_v2_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet of 2025, tiny."""
     return _create_shiftwise_v2('sw_v2_tiny', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_v2_small(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_v2_small(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet of 2025, small."""
     return _create_shiftwise_v2('sw_v2_small', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_v2_base(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_v2_base(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet of 2025, base."""
     return _create_shiftwise_v2('sw_v2_base', pretrained=pretrained, **kwargs)
 
 
 @register_model
-def sw_v2_large(pretrained: bool = False, **kwargs) -> ShiftwiseNet:
+def sw_v2_large(pretrained: bool = False, **kwargs: Any) -> ShiftwiseNet:
     """Shift-wise ConvNet of 2025, large."""
     return _create_shiftwise_v2('sw_v2_large', pretrained=pretrained, **kwargs)

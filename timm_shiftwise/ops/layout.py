@@ -1,4 +1,6 @@
 """Gradients in the layout that what they meet is fast with."""
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -14,11 +16,11 @@ class _ContiguousGradient(Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
 

@@ -115,7 +115,8 @@ class WorkCounter(TorchDispatchMode):
         super().__init__()
         self.works: list[Work] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == 'prim':  # a question for a tensor's device
             return NotImplemented

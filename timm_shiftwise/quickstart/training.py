@@ -89,7 +89,7 @@ def create_network(steps: int) -> ShiftwiseNet:
     return cast(ShiftwiseNet, model)
 
 
-def train_loader(folder: Path, model: nn.Module, device: torch.device) -> DataLoader:
+def train_loader(folder: Path, model: nn.Module, device: torch.device) -> DataLoader[Any]:
     """Training images, cut out and stretched at random; digits are not mirrored."""
     dataset = create_dataset('folder', root=str(folder), split='train', is_training=True)
     return create_loader(
@@ -101,7 +101,7 @@ def train_loader(folder: Path, model: nn.Module, device: torch.device) -> DataLo
     )
 
 
-def held_out_loader(folder: Path, model: nn.Module, device: torch.device) -> DataLoader:
+def held_out_loader(folder: Path, model: nn.Module, device: torch.device) -> DataLoader[Any]:
     """Held-out images in the order of their names, prepared as the network's own configuration says."""
     dataset = create_dataset('folder', root=str(folder), split='val')
     crop_pct = resolve_model_data_config(model)['crop_pct']
@@ -124,7 +124,7 @@ def _loader_args(model: nn.Module, device: torch.device) -> dict[str, Any]:
 
 
 def train(
-        model: nn.Module, images: DataLoader, held_out: DataLoader, epochs: int,
+        model: nn.Module, images: DataLoader[Any], held_out: DataLoader[Any], epochs: int,
         device: torch.device) -> Iterator[Progress]:
     """Train a network; it is in evaluation mode afterwards.
 
@@ -170,7 +170,7 @@ def train(
 
 
 @torch.inference_mode()
-def score(model: nn.Module, images: DataLoader, device: torch.device) -> Scores:
+def score(model: nn.Module, images: DataLoader[Any], device: torch.device) -> Scores:
     """Run a network over images; it is in evaluation mode afterwards."""
     model.eval()
     logits, labels = [], []
@@ -180,6 +180,6 @@ def score(model: nn.Module, images: DataLoader, device: torch.device) -> Scores:
     return Scores(torch.cat(logits), torch.cat(labels))
 
 
-def files_of(images: DataLoader) -> list[Path]:
+def files_of(images: DataLoader[Any]) -> list[Path]:
     """Paths of a loader's images, in the data set's order."""
     return [Path(file) for file in cast(ImageDataset, images.dataset).filenames(absolute=True)]

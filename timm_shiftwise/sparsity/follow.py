@@ -28,7 +28,7 @@ class Follower(Protocol):
 
 
 _lock = threading.RLock()
-_followers: dict[int, weakref.ref] = {}
+_followers: dict[int, weakref.ref[Any]] = {}
 _handles: list[Any] = []
 
 
@@ -92,7 +92,7 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 # a compiled optimizer.step must not be compiled anew for every state of the schedule
 @torch.compiler.disable
 @torch.no_grad()
-def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _is_skipped(optimizer):
         for follower, held in _listeners(optimizer):
             follower.before_step(optimizer, held)
@@ -100,7 +100,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 @torch.compiler.disable
 @torch.no_grad()
-def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _is_skipped(optimizer):
         for follower, held in _listeners(optimizer):
             follower.after_step(optimizer, held)

@@ -6,6 +6,7 @@ and so does the end of the process.
 import atexit
 import logging
 import weakref
+from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
@@ -35,7 +36,7 @@ class RunLength:
         self._step = 0
         self._has_told = False
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return RunLength, (self._planned,)
 
     def notice(self, optimizer: Optimizer, step: int) -> None:

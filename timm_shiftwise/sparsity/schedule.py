@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import Optimizer
+from torch.types import Device
 
 from timm_shiftwise.layers import ShiftwiseConv2d
 
@@ -85,7 +86,7 @@ class SparsitySchedule(nn.Module):
     def __init__(
             self, stages: list[list[ShiftwiseConv2d]], sparsity: float, prune_rate: float, prune_interval: int,
             sparsity_init: str = 'snip', sparsity_steps: int = 93_900, sparsity_seed: int = 0,
-            mask_sharing_interval: int = 1, device=None) -> None:
+            mask_sharing_interval: int = 1, device: Device = None) -> None:
         super().__init__()
         if not _is_number(sparsity) or not 0 <= sparsity < 1:
             raise ValueError(f'sparsity must be at least 0 and below 1, got {sparsity!r}.')
@@ -118,12 +119,12 @@ class SparsitySchedule(nn.Module):
         if self.sparsity > 0:
             follow(self)
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, '_written': [], '_scores': {}})
         if self.sparsity > 0:
             follow(self)  # a copy trains as the original does
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors = args[-1]
         for name in LARGEST:
             key = f'{prefix}{name}'
@@ -360,7 +361,7 @@ def _heard(layer: ShiftwiseConv2d) -> Tensor:
     return heard > 0
 
 
-def _log(message: str, *args) -> None:
+def _log(message: str, *args: Any) -> None:
     if _is_first_rank():
         _logger.info(message, *args)
 

@@ -43,7 +43,7 @@ class Steps:
         self._known: set[int] = set()  # of which an optimiser knew something before
         self._idle: set[int] = set()  # which have gradients but no optimiser, as the last steps showed
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Steps, ()
 
     def begin(self, optimizer: Optimizer, held: Collection[int], weights: Sequence[Tensor], in_backward: bool) -> (

@@ -9,7 +9,7 @@ Kernels are wide here; a tall one is a wide one of the transposed map. Shapes an
 arguments alone, so that a device is never waited for.
 """
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Kernels(NamedTuple):
     column: int
     window: int = 0
     turned: bool = False
-    masks: dict[tuple, Tensor] | None = None
+    masks: dict[tuple[Any, ...], Tensor] | None = None
 
     def turn(self) -> 'Kernels':
         """The kernels that make the gradient of the input of that of the output."""
@@ -179,7 +179,7 @@ def tall_wide_conv2d(x: Tensor, tall: Tensor, wide: Tensor) -> Tensor:
 
 
 @tall_wide_conv2d.register_fake
-def _(x, tall, wide):
+def _(x: Tensor, tall: Tensor, wide: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -3,6 +3,8 @@
 ``torch.ops.timm_shiftwise.shift_add`` and ``torch.ops.timm_shiftwise.shift_add_backward`` are each other's gradient
 (the operator is linear), so derivatives of any order exist on every backend.
 """
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -125,24 +127,24 @@ def _(grad_h, grad_v, grad_i, wiring, maps, focus_length, kernel_size, padding, 
         (batch, channels * maps, map_size(height, kernel_size, padding), map_size(width, kernel_size, padding)))
 
 
-def _setup_shift_add(ctx, inputs, output):
+def _setup_shift_add(ctx: Any, inputs: Any, output: Any) -> None:
     y, wiring, *ctx.settings = inputs
     ctx.maps = y.shape[1] // wiring.shape[1]
     ctx.save_for_backward(wiring)
 
 
-def _grad_shift_add(ctx, *grads):
+def _grad_shift_add(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad_y = torch.ops.timm_shiftwise.shift_add_backward(*grads, *ctx.saved_tensors, ctx.maps, *ctx.settings)
     return grad_y, *[None] * 5
 
 
-def _setup_shift_add_backward(ctx, inputs, output):
+def _setup_shift_add_backward(ctx: Any, inputs: Any, output: Any) -> None:
     *_, wiring, _, focus_length, kernel_size, padding, backend = inputs
     ctx.settings = (focus_length, kernel_size, padding, backend)
     ctx.save_for_backward(wiring)
 
 
-def _grad_shift_add_backward(ctx, grad_y):
+def _grad_shift_add_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.timm_shiftwise.shift_add(grad_y, *ctx.saved_tensors, *ctx.settings)
     return *grads, *[None] * 6
 

@@ -5,6 +5,8 @@ call which of the equal ways computes them (:mod:`.ways`), so that to a compiler
 masks and its map are. The operator is linear in its input and in its kernels: the second derivative is made of the same
 two.
 """
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -147,26 +149,26 @@ def _(grad_h, grad_v, grad_i, x, weight, wiring, mask, focus_length, padding, ba
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, focus_length, padding, backend = inputs
     ctx.settings = (focus_length, padding, backend)
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, *grads):
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight = ctx.needs_input_grad[:2]
     grad_x, grad_weight = torch.ops.timm_shiftwise.shiftwise_conv2d_backward(
         *grads, *ctx.saved_tensors, *ctx.settings, need_x, need_weight)
     return grad_x if need_x else None, grad_weight if need_weight else None, *[None] * 5
 
 
-def _setup_backward(ctx, inputs, output):
+def _setup_backward(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, focus_length, padding, backend, ctx.need_x, ctx.need_weight = inputs
     ctx.settings = (focus_length, padding, backend)
     ctx.save_for_backward(*tensors)
 
 
-def _double_backward(ctx, over_x, over_weight):
+def _double_backward(ctx: Any, over_x: Tensor | None, over_weight: Tensor | None) -> tuple[Tensor | None, ...]:
     """Derivative of the gradients by what they are made of; either gradient may not have been wanted."""
     *grads, x, weight, wiring, mask = ctx.saved_tensors
     rest = (wiring, mask, *ctx.settings)
