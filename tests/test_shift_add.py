@@ -190,6 +190,7 @@ def test_backward_is_the_adjoint_at_real_size(backend):
 # -- one backend against the other -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures('needs_taichi')
 @pytest.mark.parametrize('channels, size, focus_length, dtype', [
     (3, 56, 51, torch.float32),
     (5, 28, 49, torch.float32),
@@ -209,6 +210,7 @@ def test_backends_agree_at_the_sizes_of_the_networks(channels, size, focus_lengt
         torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures('needs_taichi')
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     focus_length=st.integers(1, 70),

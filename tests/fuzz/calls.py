@@ -15,8 +15,7 @@ from timm_shiftwise.ops.shift_add import shift_add_torch
 from timm_shiftwise.ops.shiftwise_conv.call import Call
 from timm_shiftwise.ops.shiftwise_conv.shift import reference_conv2d
 from timm_shiftwise.ops.shiftwise_conv.ways import ENVIRONMENT_VARIABLE, WAYS
-from timm_shiftwise.ops.taichi.lanes import PACKS
-from timm_shiftwise.ops.taichi.runtime import LANES
+from timm_shiftwise.ops.taichi.runtime import LANES, PACKS
 
 from .memory import GUARDS, place
 

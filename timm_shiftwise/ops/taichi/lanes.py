@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime import LANES, import_taichi, num_threads, scalarizes
+from .runtime import LANES, PACKS, import_taichi, num_threads, scalarizes
 
 ti = import_taichi()
 
-PACKS = (8, 4, 2)
-"""How many numbers of a row of a tensor may be read and written at once, the most that fits first."""
 MAX_ELEMENTS = 2 ** 31 - 1  # of an array that Taichi can index
 
 

@@ -36,6 +36,8 @@ _logger = logging.getLogger(__name__)
 DEVICE_TYPES = ('cpu', 'cuda')
 LANES = 16 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 8
 """Numbers of float32 in a vector: as many as the registers of this processor hold, and no fewer than eight."""
+PACKS = (8, 4, 2)
+"""How many numbers of a row of a tensor may be read and written at once, the most that fits first."""
 # vectors stay vectors, see the kernels; not settable through the environment unless the user does it
 _OPTIONS = {'real_matrix_scalarize': False, 'force_scalarize_matrix': False, 'log_level': 'warn'}
 
@@ -106,7 +108,10 @@ def _ensure_program(device_type: str) -> str | None:
     try:
         ti = import_taichi()
     except Exception as error:  # noqa: BLE001  (a broken installation raises more than ImportError)
-        _failures['import'] = f'Taichi cannot be imported ({type(error).__name__}: {error})'
+        if isinstance(error, ModuleNotFoundError) and error.name == 'taichi':
+            _failures['import'] = 'Taichi is not installed (it has wheels for Python 3.10 to 3.13)'
+        else:
+            _failures['import'] = f'Taichi cannot be imported ({type(error).__name__}: {error})'
         return _failures['import']
     runtime = ti.lang.impl.get_runtime()
     program = runtime.prog
