@@ -152,7 +152,9 @@ def test_timm_is_imported_where_the_package_is_broken(knowing, tmp_path):
 
 def test_uninstalling_removes_it(knowing):
     pip = [sys.executable, '-m', 'pip', '--python', str(knowing.python), 'uninstall', '--yes', 'timm-shiftwise']
-    subprocess.run(pip, check=True, capture_output=True, timeout=300)
+    # on PYTHONPATH pip would find another installation first
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    subprocess.run(pip, check=True, capture_output=True, timeout=300, env=env)
     assert not any((knowing.site / name).exists() for name in (HOOK, START))
 
 
