@@ -11,6 +11,7 @@ ALLOWED_SKIPS = (
     'TIMM_SCRIPTS',  # timm's scripts come with a clone of timm, not with its wheel
     'setuptools',  # Python brings none since 3.12
     'CUDA',  # the machine has no NVIDIA GPU
+    'chromium',  # the machine has no browser to open a page in
     'Triton',  # it comes with PyTorch's wheels for CUDA only
 )
 
