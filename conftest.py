@@ -12,6 +12,7 @@ ALLOWED_SKIPS = (
     'TIMM_SCRIPTS',  # timm's scripts come with a clone of timm, not with its wheel
     'setuptools',  # Python brings none since 3.12
     'CUDA',  # the machine has no NVIDIA GPU
+    'chromium',  # the machine has no browser to open a page in
     'Triton',  # it comes with PyTorch's wheels for CUDA only
     *(['Taichi is not installed'] if sys.version_info >= (3, 14) else []),  # it has no wheels there
 )

@@ -95,7 +95,10 @@ def test_a_script_that_is_not_found_names_the_places_and_timms_scripts(
 # every command, in one process because starting one takes longer than most of them
 ANYWHERE = '''
 import contextlib, sys
+import torch
+from safetensors.torch import load_file
 from timm_shiftwise.cli import COMMANDS, main
+torch.save({'epoch': 0, 'state_dict': load_file(sys.argv[1])}, 'last.pth.tar')
 for name in COMMANDS:
     with contextlib.suppress(SystemExit):
         main([name, '--help'])
@@ -105,6 +108,7 @@ for argv in (
     ['convert', sys.argv[1], '--model', 'test_sw', '--output', folder],
     ['publish', folder, '--repo', 'a/b', '--dry-run'],
     ['sparsity', folder],
+    ['watch', '.', '--output', 'p\\u00e4ge \\u2713.html'],
     ['profile', 'test_sw'],
     ['run', 'script.py', '\\u2713'],
 ):

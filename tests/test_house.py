@@ -14,8 +14,8 @@ FILES = sorted(ROOT.rglob('*.py'))
 
 # from the bottom to the top; '' is the package itself
 ROOMS = (
-    'geometry', 'ops', 'layers', 'sparsity', 'models', 'receptive_field', '', 'profile', 'hub', 'recipes', 'quickstart',
-    'environment', 'cli', '__main__',
+    'geometry', 'ops', 'layers', 'sparsity', 'models', 'receptive_field', '', 'profile', 'hub', 'history', 'recipes',
+    'quickstart', 'environment', 'cli', '__main__',
 )
 MAY_PRINT = ('cli', '__main__')
 

@@ -144,6 +144,15 @@ def test_train_learns_and_keeps_a_moving_average(trained):
             assert torch.equal(state['state_dict_ema'][name], table), name
 
 
+def test_watch_shows_what_the_run_exchanged(trained, tmp_path, capsys):
+    page = tmp_path / 'page.html'
+    assert main(['watch', str(trained), '--output', str(page)]) == 0
+    assert 'test_sw in' in capsys.readouterr().out
+    text = page.read_text()
+    assert 'Masks are known of epochs 0-3.' in text and 'moving average of the weights' in text
+    assert text.count('<svg') == 5
+
+
 @pytest.mark.parametrize('options', [
     ['--grad-accum-steps', '2'],
     ['--amp', '--amp-dtype', 'bfloat16'],

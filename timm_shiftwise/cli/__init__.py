@@ -15,8 +15,8 @@ from rich.markup import escape
 
 # The sub-commands in the order in which the help text lists them: a new one is its module and a line here.
 COMMANDS = (
-    'quickstart', 'run', 'recipe', 'convert', 'publish', 'export', 'profile', 'check', 'sparsity', 'erf', 'enable',
-    'disable', 'doctor',
+    'quickstart', 'run', 'recipe', 'convert', 'publish', 'export', 'profile', 'check', 'sparsity', 'watch', 'erf',
+    'enable', 'disable', 'doctor',
 )
 
 

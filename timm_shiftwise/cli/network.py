@@ -138,7 +138,7 @@ def print_sections(*sections: Sequence[Table | str]) -> None:
     """Print sections of tables and lines of text, parted by empty lines, in full however narrow the terminal is."""
     roomy = Console(width=1000)
     tables = [part for section in sections for part in section if isinstance(part, Table)]
-    needed = max(roomy.measure(table).maximum for table in tables)
+    needed = max((roomy.measure(table).maximum for table in tables), default=0)
     console = Console(highlight=False)
     console = Console(highlight=False, width=max(console.width, needed))
     for index, section in enumerate(sections):

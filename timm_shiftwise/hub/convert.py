@@ -116,7 +116,7 @@ def convert(
     _check_output(output, overwrite)
     found = read_source(source, use_ema)
     network = tell_network(found, model, model_args)
-    net = _build(network)
+    net = build_network(network)
     net.load_state_dict(checkpoint_filter_fn(found.state, net))
     net.eval()
     provenance = provenance or Provenance()
@@ -275,7 +275,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, list)) else value
 
 
-def _build(network: Network) -> ShiftwiseNet:
+def build_network(network: Network) -> ShiftwiseNet:
+    """Build the network of a checkpoint, without its weights.
+
+    Raises:
+        HubError: If it cannot be built with these arguments.
+    """
     try:
         return cast(ShiftwiseNet, timm.create_model(network.name, **network.args))
     except (AssertionError, OverflowError, RuntimeError, TypeError, ValueError) as error:

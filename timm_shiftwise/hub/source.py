@@ -3,6 +3,7 @@
 Files are only ever read as tensors. Beyond what ``torch.load(weights_only=True)`` refuses, a file that would take more
 memory than it has bytes is refused before it is unpacked.
 """
+import argparse
 import csv
 import json
 import os
@@ -25,6 +26,9 @@ TRAINED = ('model_best.pth.tar', 'last.pth.tar')
 
 SAVED = ('model.safetensors',)
 """Weights of a Hub folder."""
+
+MAX_EPOCHS = 10 ** 6
+"""Epochs that a run can have: what a file tells is counted and drawn."""
 
 _MAX_TEXT = 2 ** 20
 _MAX_DEPTH = 16
@@ -70,12 +74,17 @@ def read_source(path: str | Path, use_ema: bool = True) -> Source:
         raise HubError(f'The folder {path} has no weights: looked for {", ".join((*TRAINED, *SAVED))}.')
     if file.name in SAVED:
         return Source(file, read_weights(file, use_ema), config=read_json(path / 'config.json'))
-    return Source(
-        file,
-        read_weights(file, use_ema),
-        train_args=_read_yaml(path / 'args.yaml'),
-        summary=_read_csv(path / 'summary.csv'),
-    )
+    train_args, summary = read_run(path)
+    return Source(file, read_weights(file, use_ema), train_args=train_args, summary=summary)
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Read what train.py tells of a run beside its weights: args.yaml, and the rows of summary.csv, empty if missing.
+
+    Raises:
+        HubError: If a file is broken or hostile.
+    """
+    return _read_yaml(folder / 'args.yaml'), _read_csv(folder / 'summary.csv')
 
 
 def read_weights(file: Path, use_ema: bool = True) -> dict[str, Tensor]:
@@ -88,6 +97,34 @@ def read_weights(file: Path, use_ema: bool = True) -> dict[str, Tensor]:
     Raises:
         HubError: If the file is missing, broken, asks for more than tensors, or unpacks to more than it holds.
     """
+    _check_file(file)
+    try:
+        state = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
+    except Exception as error:
+        raise HubError(_why_unreadable(file, error)) from error
+    _check_tensors(state, file)
+    return state
+
+
+def read_epoch(file: Path) -> int:
+    """Read in which epoch, counted from 0, train.py saved a checkpoint; its weights are not read.
+
+    Raises:
+        HubError: If the file is missing or broken, asks for more than tensors, or tells no epoch.
+    """
+    _check_file(file)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py saves its arguments as they are
+            saved = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as error:
+        raise HubError(_why_unreadable(file, error)) from error
+    epoch = saved.get('epoch') if isinstance(saved, dict) else None
+    if type(epoch) is not int or not 0 <= epoch < MAX_EPOCHS:
+        raise HubError(f'The checkpoint {file} tells no epoch: it is none that train.py saved.')
+    return epoch
+
+
+def _check_file(file: Path) -> None:
     try:
         is_file = stat.S_ISREG(os.stat(file).st_mode)
     except OSError as error:
@@ -96,12 +133,6 @@ def read_weights(file: Path, use_ema: bool = True) -> dict[str, Tensor]:
         raise HubError(f'The checkpoint {file} is no file.')
     if file.suffix != '.safetensors':
         _check_archive(file)
-    try:
-        state = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
-    except Exception as error:
-        raise HubError(_why_unreadable(file, error)) from error
-    _check_tensors(state, file)
-    return state
 
 
 def _check_archive(file: Path) -> None:

@@ -67,7 +67,7 @@ def _draw_heading(axes: Axes, index: int, stage: StageGroups, colour: str) -> No
     ghosts = f' of {stage.dim}' if stage.dim > stage.channels else ''
     groups = '1 group' if stage.maps == 1 else f'{stage.maps} groups'
     facts = f'focus length {stage.focus_length}\n{groups} a channel\n{stage.channels}{ghosts} channels'
-    heading = f'Stage {index + 1}: {_percent(stage.density)} kept'
+    heading = f'Stage {index + 1}: {percent(stage.density)} kept'
     for text, above, weight in ((facts, 17, 'normal'), (heading, 53, 'bold')):
         axes.annotate(
             text, (0, 1), xytext=(0, above), xycoords='axes fraction', textcoords='offset points', va='bottom',
@@ -128,7 +128,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _describe(figure: Figure, groups: NetworkGroups, name: str, width: float, height: float) -> None:
-    say = 'every group is kept (dense)' if groups.is_dense else f'{_percent(groups.density)} of the groups are kept'
+    say = 'every group is kept (dense)' if groups.is_dense else f'{percent(groups.density)} of the groups are kept'
     figure.text(
         0.2 / width, 1 - 0.2 / height, f'{name}: {say}', ha='left', va='top', fontsize=14, fontweight='bold',
         color=_INK)
@@ -156,5 +156,6 @@ def _describe(figure: Figure, groups: NetworkGroups, name: str, width: float, he
         fontsize=8.5, handlelength=1.6)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share for people."""
     return f'{100 * share:.1f} %'
