@@ -3,6 +3,7 @@
 Files are only ever read as tensors. Beyond what ``torch.load(weights_only=True)`` refuses, a file that would take more
 memory than it has bytes is refused before it is unpacked.
 """
+import argparse
 import csv
 import json
 import os
@@ -35,6 +36,22 @@ _MAX_ALIASES = 16
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What train.py saved beside weights.
+
+    Attributes:
+        epoch: The epoch at whose end it saved them.
+        metric: What it ranks them by, of that epoch.
+        has_average: Whether there are averaged weights beside those of the last step.
+        averaged: Whether the average is what was read.
+    """
+    epoch: int
+    metric: float
+    has_average: bool
+    averaged: bool
+
+
+@dataclass(frozen=True)
 class Source:
     """A checkpoint, and what lies beside it.
 
@@ -44,12 +61,14 @@ class Source:
         config: config.json of a Hub folder; empty for others.
         train_args: args.yaml of train.py; empty for others.
         summary: Rows of train.py's summary.csv.
+        saved: What train.py saved beside the weights; None for others.
     """
     file: Path
     state: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     train_args: dict[str, Any] = field(default_factory=dict)
     summary: list[dict[str, str]] = field(default_factory=list)
+    saved: Saved | None = None
 
 
 def read_source(path: str | Path, use_ema: bool = True) -> Source:
@@ -75,6 +94,7 @@ def read_source(path: str | Path, use_ema: bool = True) -> Source:
         read_weights(file, use_ema),
         train_args=_read_yaml(path / 'args.yaml'),
         summary=_read_csv(path / 'summary.csv'),
+        saved=_read_saved(file, use_ema),
     )
 
 
@@ -102,6 +122,20 @@ def read_weights(file: Path, use_ema: bool = True) -> dict[str, Tensor]:
         raise HubError(_why_unreadable(file, error)) from error
     _check_tensors(state, file)
     return state
+
+
+def _read_saved(file: Path, use_ema: bool) -> Saved | None:
+    """Read what lies beside weights that were read already; the tensors stay on the disk."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location='cpu', mmap=True, weights_only=True)
+    except RuntimeError:  # of a form that train.py does not write
+        return None
+    epoch, metric = (checkpoint.get(name) for name in ('epoch', 'metric'))
+    if type(epoch) is not int or not isinstance(metric, float):
+        return None
+    has_average = checkpoint.get('state_dict_ema') is not None
+    return Saved(epoch, metric, has_average, averaged=use_ema and has_average)
 
 
 def _check_archive(file: Path) -> None:
@@ -158,7 +192,12 @@ def _why_unreadable(file: Path, error: Exception) -> str:
     return f'The checkpoint {file} cannot be read, it is cut short or of another kind: {line}'
 
 
-def _read_text(file: Path, most: int = _MAX_TEXT) -> str:
+def read_text(file: Path, most: int = _MAX_TEXT) -> str:
+    """Read a file of modest size; nothing if there is none.
+
+    Raises:
+        HubError: If it is larger than ``most`` bytes, or no text.
+    """
     if not file.is_file():
         return ''
     if file.stat().st_size > most:
@@ -176,7 +215,7 @@ def read_json(file: Path) -> dict[str, Any]:
         HubError: If it is no JSON, or holds something else.
     """
     try:
-        return _mapping(json.loads(_read_text(file) or '{}'), file)
+        return _mapping(json.loads(read_text(file) or '{}'), file)
     except (ValueError, RecursionError) as error:
         raise HubError(f'{file} is no JSON: {_one_line(error)}.') from error
 
@@ -195,7 +234,7 @@ class _FewAliases(yaml.SafeLoader):
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        return _mapping(yaml.load(_read_text(file, _MAX_YAML), _FewAliases) or {}, file)
+        return _mapping(yaml.load(read_text(file, _MAX_YAML), _FewAliases) or {}, file)
     except HubError:
         raise
     except Exception as error:  # PyYAML's constructors raise whatever a wrong scalar makes them
@@ -226,7 +265,7 @@ def _is_modest(value: Any, levels: int) -> bool:
 
 def _read_csv(file: Path) -> list[dict[str, str]]:
     try:
-        rows = list(csv.DictReader(_read_text(file).splitlines()))
+        rows = list(csv.DictReader(read_text(file).splitlines()))
     except csv.Error as error:
         raise HubError(f'{file} is no table: {error}.') from error
     # a run that was resumed with other metrics leaves rows of another length
