@@ -42,7 +42,7 @@ _OF_THE_RUN = (
     'drop_rate', 'drop_path_rate', 'backend', 'sparsity', 'prune_rate', 'prune_interval', 'sparsity_init',
     'sparsity_steps', 'sparsity_seed', 'mask_sharing_interval',
 )
-_NOT_TOLD = ('return', *_OF_THE_RUN)
+_NOT_TOLD = ('return', 'device', 'dtype', *_OF_THE_RUN)
 _MOST = 64
 """Paths, and shuffles, of a network whose checkpoint does not tell them: those that there are have 1 to 4."""
 _MOST_PIXELS = 512
