@@ -20,6 +20,7 @@ import timm
 import torch
 import yaml
 from authors_networks import AuthorsNetwork
+from huggingface_hub import ModelCardData, metadata_load
 from packaging.version import Version
 from safetensors.torch import load_file, save, save_file
 from usage_code import code_blocks, serve_a_photo
@@ -160,7 +161,7 @@ def trained(tmp_path: Path) -> Path:
     model, averaged = network(seed=0, **kwargs), network(seed=1, **kwargs)
     optimizer = torch.optim.AdamW(model.parameters())
     torch.save({
-        'epoch': 2, 'arch': 'test_sw', 'args': argparse.Namespace(**args), 'optimizer': optimizer.state_dict(),
+        'epoch': 1, 'arch': 'test_sw', 'args': argparse.Namespace(**args), 'optimizer': optimizer.state_dict(),
         'state_dict': OrderedDict((f'module.{key}', value) for key, value in model.state_dict().items()),
         'state_dict_ema': averaged.state_dict(), 'metric': 55.5, 'version': 2,
     }, folder / 'model_best.pth.tar')
@@ -185,8 +186,12 @@ def test_an_output_folder_of_train_is_taken_up(tmp_path, trained):
     assert '55.50, in epoch 1' in card and 'Epochs in the log (summary.csv): 3' in card
     assert 'amp True' in card and 'remode' not in card
     assert 'someone' not in card and 'secret' not in card
+    assert 'Top-1 accuracy 55.50 % on private (validation), img_size 96, crop_pct 0.9, interpolation bilinear' in card
+    result, = ModelCardData(**metadata_load(tmp_path / 'out' / 'README.md')).eval_results
+    assert (result.metric_value, result.dataset_name, result.dataset_type) == (0.555, 'private', 'imagefolder')
 
     convert(trained, tmp_path / 'raw', use_ema=False)
+    assert 'model-index' not in metadata_load(tmp_path / 'raw' / 'README.md')  # the average is what was validated
     torch.testing.assert_close(logits(load(tmp_path / 'raw')), logits(network(seed=0, **kwargs)))
 
 
@@ -314,7 +319,7 @@ def test_the_code_of_a_card_runs_as_written(tmp_path, monkeypatch, capsys, name,
 
 def test_the_command_converts_and_says_what_it_found(tmp_path, checkpoint, capsys):
     out = tmp_path / 'out'
-    args = ['convert', str(checkpoint), '--output', str(out), '--reparameterize']
+    args = ['convert', str(checkpoint), '--output', str(out), '--reparameterize', '--no-pictures']
     args += ['--result', '98 % on digits', 'my test set']
     assert main(args) == 0
     told = capsys.readouterr().out
@@ -329,7 +334,7 @@ def test_the_command_takes_arguments_of_the_network(tmp_path):
     torch.save(AuthorsNetwork('sw').state(), tmp_path / 'authors.pth')
     args = ['convert', str(tmp_path / 'authors.pth'), '--output', str(tmp_path / 'out'), '--model', 'sw_tiny']
     assert main(args) == 2
-    assert main([*args, '--model-kwargs', 'focus_lengths=15,13,11,7']) == 0
+    assert main([*args, '--model-kwargs', 'focus_lengths=15,13,11,7', '--no-pictures']) == 0
 
 
 def test_the_command_tells_a_failure_in_one_message(tmp_path, capsys):

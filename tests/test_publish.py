@@ -101,6 +101,17 @@ def test_publishing_again_replaces_what_changed(hub, folder):
     assert len(hub.repositories[REPO].messages) == 2
 
 
+def test_pictures_are_sent_and_the_same_conversion_again_changes_nothing(hub, folder):
+    for _ in range(2):
+        convert(folder, folder.parent / 'shown', pictures=True, overwrite=True)
+        planned = plan(folder.parent / 'shown', REPO)
+        assert sorted(planned.files) == sorted([*SENT, 'receptive_field.png']) and not planned.left_out
+        publish(planned)
+    assert sent(hub)['receptive_field.png'] == (folder.parent / 'shown' / 'receptive_field.png').read_bytes()
+    assert '(receptive_field.png)' in sent(hub)['README.md'].decode()
+    assert len(hub.repositories[REPO].messages) == 1
+
+
 def test_a_private_repository_is_private(hub, folder, monkeypatch):
     publish(plan(folder, REPO, private=True))
     assert hub.repositories[REPO].private
@@ -309,7 +320,7 @@ def test_a_checkpoint_of_full_size_goes_all_the_way(hub, tmp_path, kind, model, 
     net = AuthorsNetwork(kind, lengths=(51, 49, 47, 13), classes=1000, **sizes)
     state = net.state(pruned=0.45)
     torch.save({'model': state}, tmp_path / 'authors.pth')
-    args = ['convert', str(tmp_path / 'authors.pth'), '--output', str(tmp_path / 'out')]
+    args = ['convert', str(tmp_path / 'authors.pth'), '--output', str(tmp_path / 'out'), '--no-pictures']
     args += ['--model', model] * model.startswith('eq_') + ['--reparameterize'] * merged
     assert main(args) == 0
     assert main(['publish', str(tmp_path / 'out'), '--repo', f'me/{model}']) == 0

@@ -27,7 +27,7 @@ DOCUMENTS = {
     for path in (*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'benchmarks' / 'README.md')}
 README = DOCUMENTS['README.md']
 MOST_WORDS = 1300
-FILES_OF_OTHERS = ('config.json', 'train.py')
+FILES_OF_OTHERS = ('config.json', 'masks.png', 'summary.csv', 'train.py')
 NAMES_OF_OTHERS = ('BatchNorm2d',)
 COMMANDS = [
     line.strip() for block in code_blocks(README, 'sh') for line in block.splitlines()

@@ -223,6 +223,21 @@ def test_the_command_compares_models_and_draws_them(tmp_path, capsys, pictures):
     assert [int(row['side_0.99']) for row in rows] == [field['squares'][-1]['side'] for field in told]
 
 
+@pytest.mark.parametrize('seen, weights', [
+    ('noise', 'none'), ('images of ' + 'a folder ' * 20, 'some, of which there is more to say than a line can hold')])
+def test_what_is_written_lies_beside_the_panel(seen, weights, monkeypatch):
+    picture = pytest.importorskip('timm_shiftwise.receptive_field.picture')
+    drawn = []
+    canvas = picture.FigureCanvasAgg
+    monkeypatch.setattr(picture, 'FigureCanvasAgg', lambda figure: drawn.append(figure) or canvas(figure))
+    picture.draw_receptive_fields([ReceptiveField('made up', np.eye(9), (1, 1), None, 1, seen, weights)])
+    (caption,), (panel,) = drawn[0].texts, drawn[0].axes
+    facts, name = panel.texts
+    boxes = [part.get_window_extent() for part in (caption, panel.patch, facts, name)]
+    heights = [0, *(edge for box in boxes for edge in (box.y0, box.y1)), drawn[0].bbox.y1]
+    assert heights == sorted(heights)
+
+
 def test_the_command_takes_checkpoints_by_turns(tmp_path, capsys):
     file = tmp_path / 'mine.safetensors'
     torch.manual_seed(3)

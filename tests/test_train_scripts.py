@@ -25,10 +25,12 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCardData, metadata_load
 from PIL import Image
 
 import timm_shiftwise
 from timm_shiftwise.cli import main
+from timm_shiftwise.hub.results import results_of_validation
 from timm_shiftwise.recipes import RECIPES
 
 MODEL = 'test_sw'
@@ -262,9 +264,17 @@ def test_train_continues_from_the_very_state_it_saved(data, trained, tmp_path):
 
 
 @pytest.mark.parametrize('options', [[], ['--reparam'], ['--torchcompile']], ids=lambda options: ' '.join(options))
-def test_validate_finds_the_accuracy_that_train_wrote(options, data, trained):
-    output = execute(launch('validate.py', data, trained / 'run' / 'last.pth.tar', '--use-ema', *options), cwd=trained)
+def test_validate_finds_the_accuracy_that_train_wrote(options, data, trained, tmp_path):
+    file = tmp_path / 'results.csv'
+    output = execute(launch(
+        'validate.py', data, trained / 'run' / 'last.pth.tar', '--use-ema', '--results-file', str(file), *options),
+        cwd=trained)
     assert result(output)['top1'] == pytest.approx(summary(trained)[-1]['eval_top1'], abs=0.01)
+    model = timm.create_model(MODEL, num_classes=len(CLASSES))
+    counts = [sum(p.numel() for p in each.parameters()) for each in (model, timm.utils.reparameterize_model(model))]
+    told, = results_of_validation(file, 'colours', MODEL, counts, len(CLASSES))
+    assert told.metric_value == pytest.approx(result(output)['top1'] / 100)
+    assert told.metric_args == dict(img_size=64, crop_pct=1.0, interpolation='bilinear')
 
 
 @pytest.mark.parametrize('options', [
@@ -286,7 +296,7 @@ def test_train_fine_tunes_what_grows_from_a_convnext_and_validate_finds_its_accu
 
 
 def test_a_training_run_becomes_a_hub_folder_of_its_averaged_weights(data, trained, tmp_path):
-    assert main(['convert', str(trained / 'run'), '--output', str(tmp_path / 'out')]) == 0
+    assert main(['convert', str(trained / 'run'), '--output', str(tmp_path / 'out'), '--no-pictures']) == 0
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     best = str(trained / 'run' / 'model_best.pth.tar')
     model = timm.create_model(MODEL, num_classes=len(CLASSES), checkpoint_path=best).eval()
@@ -294,6 +304,9 @@ def test_a_training_run_becomes_a_hub_folder_of_its_averaged_weights(data, train
     images = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(loaded(images), model(images))
+    told, = ModelCardData(**metadata_load(tmp_path / 'out' / 'README.md')).eval_results
+    assert told.metric_value == pytest.approx(max(row['eval_top1'] for row in summary(trained)) / 100, abs=1e-6)
+    assert (told.dataset_name, told.dataset_split) == (data.name, 'validation')
 
 
 def test_inference_labels_as_the_network_does(data, trained):

@@ -1,5 +1,6 @@
 """`timm-shiftwise convert SOURCE --output DIR`: a checkpoint becomes a folder that timm and the Hub understand."""
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,8 +17,9 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser = subparsers.add_parser(
         'convert',
         help='turn a checkpoint into a folder for timm and the Hub',
-        description='Turn a checkpoint into a folder for timm and the Hub (model.safetensors, config.json, README.md), '
-                    'and check that the folder gives the same logits. The network is told from the checkpoint.',
+        description='Turn a checkpoint into a folder for timm and the Hub (model.safetensors, config.json, README.md, '
+                    'pictures), and check that the folder gives the same logits. The network is told from the '
+                    'checkpoint.',
     )
     parser.add_argument(
         'source', metavar='SOURCE',
@@ -35,6 +37,12 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         help='a folder of images: let the norms of the operators know their statistics, without a change of the logits')
     parser.add_argument(
         '--no-ema', action='store_true', help='take the last weights, not their average, where both are there')
+    parser.add_argument(
+        '--no-pictures', action='store_true',
+        help='leave out the pictures of the receptive field and of the kept groups, which take some seconds')
+    parser.add_argument(
+        '--images', metavar='DIR',
+        help='a folder of images to measure the receptive field on; without it, Gaussian noise')
     parser.add_argument('--overwrite', action='store_true', help='replace the folder if there is one')
     card = parser.add_argument_group('what the model card says of the weights')
     card.add_argument('--description', metavar='TEXT', help='a sentence on the weights')
@@ -46,6 +54,10 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     card.add_argument(
         '--result', metavar=('RESULT', 'SOURCE'), nargs=2, action='append', default=[],
         help='a result and where it is published or how it was measured')
+    card.add_argument(
+        '--validated', metavar=('FILE', 'DATASET'), nargs=2, action='append', default=[],
+        help="what timm's validate.py measured of these weights, its --results-file, and the data set as the Hub names "
+             'it; what train.py measured of them is taken up by itself')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     from ..hub.model_card import Provenance
     from ..models.checkpoint import CheckpointError
 
+    if args.images is not None and args.no_pictures:
+        raise CommandError('--images are for the picture of the receptive field: leave out --no-pictures')
+    if args.images is not None and not Path(args.images).is_dir():
+        raise CommandError(f'--images takes a folder, got {args.images!r}')
     provenance = Provenance(args.description, args.dataset, args.license, [tuple(pair) for pair in args.result])
     console = Console(soft_wrap=True)
     try:
@@ -69,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
                 overwrite=args.overwrite,
                 images_to_calibrate=args.calibrate,
                 provenance=provenance,
+                validated=[tuple(pair) for pair in args.validated],
+                pictures=not args.no_pictures,
+                images_to_show=args.images,
             )
     except (HubError, CheckpointError) as error:
         raise CommandError(str(error)) from error
@@ -88,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
     table.add_row('Parameters', f'{done.cost.parameters:,}')
     table.add_row('Multiply-adds', f'{done.cost.multiply_adds:,}')
     table.add_row('Logits', f"off by {done.error:.1e} of the largest from the source's")
+    table.add_row('Pictures', ', '.join(done.pictures) or 'none')
+    if done.not_drawn:
+        table.add_row('', escape(done.not_drawn))
     console.print(table)
     reference = f'local-dir:{done.folder}'
     console.print(f'\nTo use it: timm.create_model({reference!r}, pretrained=True)', markup=False)

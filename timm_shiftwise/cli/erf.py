@@ -10,7 +10,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import CommandError
-from .images import Images
 from .network import NOT_BUILT, add_format, add_model_kwargs, print_csv, print_json, print_sections
 from .output import check_picture
 
@@ -92,6 +91,7 @@ def _measure(args: argparse.Namespace, name: str, checkpoint: str) -> 'Receptive
     import timm
     import torch
 
+    from ..hub.images import Images
     from ..receptive_field import erf, layer_scales, size_arguments
 
     size = None if args.size is None else (args.size[0], args.size[-1])

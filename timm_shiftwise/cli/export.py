@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f'--{"int8" if args.int8 else "images"} takes a folder, got {folder!r}')
     network, labels = _network(args)
     size = None if args.size is None else (args.size[0], args.size[-1])
-    images, seen = _images(network, folder, args.samples, size)
     least = LEAST_AGREEMENT if args.least_agreement is None else args.least_agreement
     try:
+        images, seen = _images(network, folder, args.samples, size)
         with Console(stderr=True).status('Exporting, comparing and timing'):
             done = export(
                 network, args.output, args.to, images, dynamic=args.dynamic, half=args.half, int8=bool(args.int8),
@@ -106,7 +106,7 @@ def _images(
     import torch
 
     if folder is not None:
-        from .images import Images
+        from ..hub.images import Images
 
         images = list(Images(folder, network, most, size))
         return images, f'{len(images)} images of {folder}'

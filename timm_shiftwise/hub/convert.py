@@ -4,14 +4,15 @@ import os
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import timm
 import torch
+from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from timm.data import create_dataset, create_transform, resolve_data_config, resolve_model_data_config
 from timm.models import get_pretrained_cfg_value, resolve_pretrained_cfg, save_for_hf
@@ -28,6 +29,8 @@ from timm_shiftwise.profile import Cost, profile_model
 
 from .errors import HubError
 from .model_card import CardFacts, Provenance, config_of, write_card
+from .pictures import Pictures, draw_pictures
+from .results import results_of_run, results_of_validation
 from .source import Source, read_source
 
 _VARIANTS = {**SHIFTWISE, **SHIFTWISE_V2}
@@ -39,7 +42,7 @@ _OF_THE_RUN = (
     'drop_rate', 'drop_path_rate', 'backend', 'sparsity', 'prune_rate', 'prune_interval', 'sparsity_init',
     'sparsity_steps', 'sparsity_seed', 'mask_sharing_interval',
 )
-_NOT_TOLD = ('return', *_OF_THE_RUN)
+_NOT_TOLD = ('return', 'device', 'dtype', *_OF_THE_RUN)
 _MOST = 64
 """Paths, and shuffles, of a network whose checkpoint does not tell them: those that there are have 1 to 4."""
 _MOST_PIXELS = 512
@@ -77,6 +80,8 @@ class Conversion:
         cost: What the network in the folder costs for an image.
         merged: Whether the network in the folder is merged for inference.
         error: Largest difference between the logits of the source and of the folder, as a share of the largest logit.
+        pictures: Names of the pictures in the folder.
+        not_drawn: Why a picture is missing; None if none is.
     """
     folder: Path
     weights: Path
@@ -84,12 +89,16 @@ class Conversion:
     cost: Cost
     merged: bool
     error: float
+    pictures: tuple[str, ...]
+    not_drawn: str | None
 
 
 def convert(
         source: str | Path, output: str | Path, model: str | None = None, model_args: Mapping[str, Any] | None = None,
         *, reparameterize: bool = False, use_ema: bool = True, overwrite: bool = False,
-        images_to_calibrate: str | Path | None = None, provenance: Provenance | None = None) -> Conversion:
+        images_to_calibrate: str | Path | None = None, provenance: Provenance | None = None,
+        validated: Sequence[tuple[str | Path, str]] = (), pictures: bool = False,
+        images_to_show: str | Path | None = None) -> Conversion:
     """Turn a checkpoint into a Hub folder, and check that the folder gives the same logits.
 
     The folder is written under another name beside its place and renamed when it is whole.
@@ -106,6 +115,10 @@ def convert(
         images_to_calibrate: A folder of images to calibrate the network by, see
             :func:`timm_shiftwise.calibrate`.
         provenance: What to say of the weights in the model card.
+        validated: Pairs of a results file of timm's validate.py and the data set, as the Hub names it, for the model
+            card.
+        pictures: Draw the effective receptive field and the kept groups for the model card, if matplotlib is there.
+        images_to_show: A folder of images to measure the receptive field on; None for Gaussian noise.
 
     Raises:
         HubError: If the source cannot be read, its network cannot be told, or the folder does not hold what it should.
@@ -121,6 +134,7 @@ def convert(
     net.eval()
     provenance = provenance or Provenance()
     _configure(net, found, network, provenance.license)
+    measured = _measured(net, found, provenance.dataset, validated)
     images = _images(net)
     logits = _logits(net, images)
     if not logits.isfinite().all():
@@ -146,11 +160,17 @@ def convert(
         train_args=found.train_args,
         summary=found.summary,
         provenance=provenance,
+        measured=measured,
     )
+    drawn = Pictures()
     with _whole_folder(output, overwrite) as folder:
-        write_folder(net, folder, args, facts, _labels(found))
+        if pictures:
+            drawn = draw_pictures(net, profile, folder, (images.shape[2], images.shape[3]), images_to_show)
+        write_folder(net, folder, args, replace(facts, drawn=drawn.section), _labels(found))
         error = _compare(folder, images, logits, max(_TOLERANCE, 4 * noise))
-    return Conversion(output, found.file, network, profile.whole.ours, bool(args.get('reparameterized')), error)
+    return Conversion(
+        output, found.file, network, profile.whole.ours, bool(args.get('reparameterized')), error, drawn.files,
+        drawn.missing)
 
 
 def write_folder(
@@ -344,6 +364,22 @@ def _calibrate(model: ShiftwiseNet, folder: Path) -> None:
         calibrate(model, DataLoader(Subset(dataset, chosen), batch_size=32))
     except (OSError, RuntimeError, ValueError) as error:
         raise HubError(f'The network cannot be calibrated by the images in {folder}: {error}') from error
+
+
+def _measured(
+        model: ShiftwiseNet, source: Source, dataset: str | None,
+        validated: Sequence[tuple[str | Path, str]]) -> list[tuple[EvalResult, str]]:
+    """Results of a network that is not merged yet, and by what they were measured."""
+    cfg = config_of(model)
+    found = [
+        (result, 'train.py, of these weights in the training run')
+        for result in results_of_run(source, cfg, model.num_classes, dataset)]
+    if validated:
+        counts = [sum(map(Tensor.numel, each.parameters())) for each in (model, reparameterize_model(model))]
+        found += [
+            (result, "timm's validate.py, of these weights") for file, name in validated
+            for result in results_of_validation(file, name, cfg['architecture'], counts, model.num_classes)]
+    return found
 
 
 def _set_config(model: ShiftwiseNet, cfg: dict[str, Any]) -> None:

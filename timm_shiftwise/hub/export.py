@@ -268,7 +268,8 @@ def _needed(*packages: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise HubError(
-                f"Exporting to ONNX needs {package}: pip install 'timm-shiftwise[export]' ({error}).") from error
+                f"Exporting to ONNX needs {package}: pip install onnx onnxruntime onnxscript, or, in a clone of "
+                f"timm-shiftwise, pip install '.[export]' ({error}).") from error
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """Model cards in the form of timm's own on the Hub."""
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,9 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models._hub import generate_readme
 from torch import Tensor
 
+from timm_shiftwise import __version__
 from timm_shiftwise.models import ShiftwiseNet
 from timm_shiftwise.models.pretrained import AUTHORS_TAG
 from timm_shiftwise.profile import NetworkProfile
@@ -114,7 +117,9 @@ class CardFacts:
         train_args: args.yaml of train.py.
         summary: Rows of train.py's summary.csv.
         provenance: What the user says.
+        measured: Pairs of a result that was measured of these weights and by what it was.
         picture: What the usage section classifies.
+        drawn: Markdown that shows pictures of the network.
     """
     title: str
     reference: str
@@ -124,7 +129,9 @@ class CardFacts:
     train_args: Mapping[str, Any] = field(default_factory=dict)
     summary: Sequence[Mapping[str, str]] = ()
     provenance: Provenance = field(default_factory=Provenance)
+    measured: Sequence[tuple[EvalResult, str]] = ()
     picture: Picture = PHOTO
+    drawn: str = ''
 
 
 def config_of(model: ShiftwiseNet) -> dict[str, Any]:
@@ -154,18 +161,25 @@ def write_card(model: ShiftwiseNet, file: Path, facts: CardFacts) -> None:
         **_license(facts.provenance.license, cfg),
         description=_description(facts, cfg),
         details=_details(model, facts, cfg, papers),
-        usage=usage(model, facts.reference, facts.picture),
+        usage='\n\n'.join(filter(None, (usage(model, facts.reference, facts.picture), facts.drawn))),
         citation=[
             *(_CITATIONS[paper] for paper in (cfg.get('paper_name'), *papers, *more) if paper in _CITATIONS),
             _TIMM_CITATION],
     )
-    file.write_text(generate_readme(card, _line(facts.title)), encoding='utf-8')
+    text = generate_readme(card, _line(facts.title))
+    if facts.measured:
+        whole = ModelCard(text)
+        told = cast(ModelCardData, whole.data)
+        told.metrics = sorted({result.metric_type for result, _ in facts.measured})
+        told.model_name, told.eval_results = facts.title, [result for result, _ in facts.measured]
+        text = str(whole)
+    file.write_text(text, encoding='utf-8')
 
 
 def _license(told: str | None, cfg: Mapping[str, Any]) -> dict[str, str]:
     """Metadata of the licence: what the user or else the weights say; the authors' is told by where they publish."""
     name = told or cfg.get('license') or 'unknown'
-    card = dict(license=_identifier(name, 'licence'))
+    card = dict(license=identifier(name, 'licence'))
     origin = str(cfg.get('origin_url'))
     if not told and cfg.get('tag') == AUTHORS_TAG and re.fullmatch(r'https://[!-~]+', origin):
         card.update(license_name='as-published', license_link=origin)
@@ -184,7 +198,9 @@ def _description(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
         sentences.append(f"Converted from a checkpoint in the layout of the paper's authors{published}.")
     if facts.train_args:
         sentences.append("Trained with timm's train.py.")
-    sentences.append('Install it with `pip install timm-shiftwise`.')
+    sentences.append(
+        'It needs the package timm-shiftwise, from a clone of its repository (`pip install .`) or from a wheel '
+        f'(`pip install timm_shiftwise-{__version__}-py3-none-any.whl`).')
     return '\n'.join(sentences)
 
 
@@ -218,14 +234,16 @@ def _details(model: ShiftwiseNet, facts: CardFacts, cfg: Mapping[str, Any], pape
         ],
         'Form': merged if facts.profile.merged else 'as trained, can be trained further',
     }
-    if facts.profile.total:
+    if facts.profile.total and facts.profile.is_dense:
+        details['Sparsity'] = 'none, every group is kept (dense)'
+    elif facts.profile.total:
         details['Sparsity'] = [
             f'Stage {stage.stage}: {1 - stage.density:.1%} of the groups pruned' for stage in facts.profile.stages]
     if facts.provenance.dataset:
-        details['Dataset'] = _identifier(facts.provenance.dataset, 'data set')
-    if facts.provenance.results:
-        details['Results'] = [
-            f'{_line(result)} (source: {_line(origin)})' for result, origin in facts.provenance.results]
+        details['Dataset'] = identifier(facts.provenance.dataset, 'data set')
+    results = [*facts.provenance.results, *((_in_words(result), origin) for result, origin in facts.measured)]
+    if results:
+        details['Results'] = [f'{_line(result)} (source: {_line(origin)})' for result, origin in results]
     if facts.train_args or facts.summary:
         details['Training'] = _training(facts.train_args, facts.summary)
     if papers:
@@ -236,6 +254,12 @@ def _details(model: ShiftwiseNet, facts: CardFacts, cfg: Mapping[str, Any], pape
     if cfg.get('origin_url'):
         details['Original'] = cfg['origin_url']
     return details
+
+
+def _in_words(result: EvalResult) -> str:
+    split = f' ({result.dataset_split})' if result.dataset_split else ''
+    conditions = ''.join(f', {name} {value}' for name, value in (result.metric_args or {}).items())
+    return f'{result.metric_name} {100 * result.metric_value:.2f} % on {result.dataset_name}{split}{conditions}'
 
 
 def _training(args: Mapping[str, Any], summary: Sequence[Mapping[str, str]]) -> list[str]:
@@ -344,7 +368,7 @@ def _code(channels: int, reference: str, picture: Picture, argument: str, body: 
 
 
 def refer_to(card: str, repo_id: str) -> str:
-    """A model card that names a repository where it named a folder: in its title, and in its usage.
+    """A model card that names a repository where it named a folder: in its title, its results, and its usage.
 
     Args:
         card: Text of a README.md that :func:`write_card` wrote, edited or not.
@@ -352,6 +376,9 @@ def refer_to(card: str, repo_id: str) -> str:
     """
     name = repo_id.split('/')[-1]
     card = re.sub(r'^# Model card for .*$', f'# Model card for {name}', card, count=1, flags=re.MULTILINE)
+    card = re.sub(
+        r'^(model-index:\n- name: ).*?(?=\n  results:)', lambda match: match[1] + json.dumps(name), card, count=1,
+        flags=re.MULTILINE | re.DOTALL)
     return re.sub(
         r'''(timm\.create_model\(\s*)(?:'local-dir:(?:\\.|[^'\\\n])*'|"local-dir:(?:\\.|[^"\\\n])*")''',
         lambda match: match[1] + repr(f'hf-hub:{repo_id}'),
@@ -364,7 +391,12 @@ def _line(text: str) -> str:
     return ' '.join(text.split()).replace('<', '&lt;').replace('`', "'")
 
 
-def _identifier(name: str, what: str) -> str:
+def identifier(name: str, what: str) -> str:
+    """A name that may stand in the metadata.
+
+    Raises:
+        HubError: If the Hub takes no such name.
+    """
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._/-]*', name):
         raise HubError(f'{name!r} is no {what} as the Hub names them: letters, digits, and ". _ / -" alone.')
     return name

@@ -39,6 +39,22 @@ _MAX_ALIASES = 16
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What train.py saved beside weights.
+
+    Attributes:
+        epoch: The epoch at whose end it saved them.
+        metric: What it ranks them by, of that epoch.
+        has_average: Whether there are averaged weights beside those of the last step.
+        averaged: Whether the average is what was read.
+    """
+    epoch: int
+    metric: float
+    has_average: bool
+    averaged: bool
+
+
+@dataclass(frozen=True)
 class Source:
     """A checkpoint, and what lies beside it.
 
@@ -48,12 +64,14 @@ class Source:
         config: config.json of a Hub folder; empty for others.
         train_args: args.yaml of train.py; empty for others.
         summary: Rows of train.py's summary.csv.
+        saved: What train.py saved beside the weights; None for others.
     """
     file: Path
     state: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     train_args: dict[str, Any] = field(default_factory=dict)
     summary: list[dict[str, str]] = field(default_factory=list)
+    saved: Saved | None = None
 
 
 def read_source(path: str | Path, use_ema: bool = True) -> Source:
@@ -75,7 +93,8 @@ def read_source(path: str | Path, use_ema: bool = True) -> Source:
     if file.name in SAVED:
         return Source(file, read_weights(file, use_ema), config=read_json(path / 'config.json'))
     train_args, summary = read_run(path)
-    return Source(file, read_weights(file, use_ema), train_args=train_args, summary=summary)
+    weights = read_weights(file, use_ema)
+    return Source(file, weights, train_args=train_args, summary=summary, saved=_read_saved(file, use_ema))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -114,14 +133,19 @@ def read_epoch(file: Path) -> int:
     """
     _check_file(file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py saves its arguments as they are
-            saved = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        saved = _mapped(file)
     except Exception as error:
         raise HubError(_why_unreadable(file, error)) from error
     epoch = saved.get('epoch') if isinstance(saved, dict) else None
     if type(epoch) is not int or not 0 <= epoch < MAX_EPOCHS:
         raise HubError(f'The checkpoint {file} tells no epoch: it is none that train.py saved.')
     return epoch
+
+
+def _mapped(file: Path) -> Any:
+    """What train.py saved, its tensors left on the disk."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # train.py saves its arguments as they are
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
 
 
 def _check_file(file: Path) -> None:
@@ -133,6 +157,19 @@ def _check_file(file: Path) -> None:
         raise HubError(f'The checkpoint {file} is no file.')
     if file.suffix != '.safetensors':
         _check_archive(file)
+
+
+def _read_saved(file: Path, use_ema: bool) -> Saved | None:
+    """Read what lies beside weights that were read already; the tensors stay on the disk."""
+    try:
+        checkpoint = _mapped(file)
+    except RuntimeError:  # of a form that train.py does not write
+        return None
+    epoch, metric = (checkpoint.get(name) for name in ('epoch', 'metric'))
+    if type(epoch) is not int or not isinstance(metric, float):
+        return None
+    has_average = checkpoint.get('state_dict_ema') is not None
+    return Saved(epoch, metric, has_average, averaged=use_ema and has_average)
 
 
 def _check_archive(file: Path) -> None:
@@ -189,7 +226,12 @@ def _why_unreadable(file: Path, error: Exception) -> str:
     return f'The checkpoint {file} cannot be read, it is cut short or of another kind: {line}'
 
 
-def _read_text(file: Path, most: int = _MAX_TEXT) -> str:
+def read_text(file: Path, most: int = _MAX_TEXT) -> str:
+    """Read a file of modest size; nothing if there is none.
+
+    Raises:
+        HubError: If it is larger than ``most`` bytes, or no text.
+    """
     if not file.is_file():
         return ''
     if file.stat().st_size > most:
@@ -207,7 +249,7 @@ def read_json(file: Path) -> dict[str, Any]:
         HubError: If it is no JSON, or holds something else.
     """
     try:
-        return _mapping(json.loads(_read_text(file) or '{}'), file)
+        return _mapping(json.loads(read_text(file) or '{}'), file)
     except (ValueError, RecursionError) as error:
         raise HubError(f'{file} is no JSON: {_one_line(error)}.') from error
 
@@ -226,7 +268,7 @@ class _FewAliases(yaml.SafeLoader):
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        return _mapping(yaml.load(_read_text(file, _MAX_YAML), _FewAliases) or {}, file)
+        return _mapping(yaml.load(read_text(file, _MAX_YAML), _FewAliases) or {}, file)
     except HubError:
         raise
     except Exception as error:  # PyYAML's constructors raise whatever a wrong scalar makes them
@@ -257,7 +299,7 @@ def _is_modest(value: Any, levels: int) -> bool:
 
 def _read_csv(file: Path) -> list[dict[str, str]]:
     try:
-        rows = list(csv.DictReader(_read_text(file).splitlines()))
+        rows = list(csv.DictReader(read_text(file).splitlines()))
     except csv.Error as error:
         raise HubError(f'{file} is no table: {error}.') from error
     # a run that was resumed with other metrics leaves rows of another length

@@ -35,6 +35,11 @@ class Counted:
         """Whether a path keeps fewer small kernels than all of them together."""
         return any(kept < self.kept for kept in self.path_kept)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every small kernel is kept, by every path."""
+        return self.kept == self.total and not self.has_paths_apart
+
 
 class Parts(Counted):
     """Something that keeps what its ``parts`` keep."""
@@ -134,11 +139,6 @@ class NetworkGroups(Parts):
     def parts(self) -> tuple[StageGroups, ...]:
         """Its stages."""
         return self.stages
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every small kernel is kept, by every path."""
-        return self.kept == self.total and not self.has_paths_apart
 
 
 _PHASES = ('waiting', 'running', 'fixed')  # by the value of the schedule's buffer

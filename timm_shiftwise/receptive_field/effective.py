@@ -151,7 +151,7 @@ def erf(
         model = timm.create_model(model, pretrained=pretrained, **size_arguments(model, size))
     named = name or type(model).__name__
     shown = seen or ('Gaussian noise' if images is None else 'images')
-    source = _noise(_size_of(model, size), samples, seed) if images is None else _single(images)
+    source = _noise(_shape_of(model, size), samples, seed) if images is None else _single(images)
     scores, count, map_size = None, 0, (0, 0)
     with _evaluating(model, torch.device(device)):
         for image in source:
@@ -171,7 +171,7 @@ def erf(
     if isinstance(model, ShiftwiseNet):
         reach = exact_reach(model, int(scores.shape[0]), int(scores.shape[1]), stage)
     return ReceptiveField(
-        named, scores / count, map_size, stage, count, shown, _described(weights or 'as given', model),
+        named, scores / count, map_size, stage, count, shown, describe_weights(weights or 'as given', model),
         reach, pools_over_the_map(model),
         {'python': platform.python_version(), **versions})
 
@@ -181,7 +181,7 @@ def layer_scales(model: nn.Module) -> list[nn.Parameter]:
     return [value for name, value in model.named_parameters() if name.rsplit('.', 1)[-1] in ('gamma', 'layer_scale')]
 
 
-def _described(weights: str, model: nn.Module) -> str:
+def describe_weights(weights: str, model: nn.Module) -> str:
     """Where weights are from, and whether the blocks of an untrained network hardly act."""
     largest = max((float(scale.detach().abs().max()) for scale in layer_scales(model)), default=1.)
     return weights if largest > _ACTING else f'{weights}, layer scale {largest:.0e}: blocks hardly act'
@@ -193,19 +193,19 @@ def size_arguments(model: str, size: int | tuple[int, int] | None) -> dict[str, 
     return dict(img_size=size) if size is not None and fixed is not None and fixed.fixed_input_size else {}
 
 
-def _size_of(model: nn.Module, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _shape_of(model: nn.Module, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     if size is None:
         size = tuple((getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))[1:])
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f'size must be one or two numbers of at least 1, got {size!r}.')
-    return height, width
+    return getattr(model, 'in_chans', 3), height, width
 
 
-def _noise(size: tuple[int, int], samples: int, seed: int) -> Iterator[Tensor]:
+def _noise(shape: tuple[int, int, int], samples: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(samples):
-        yield torch.randn(1, 3, *size, generator=generator)
+        yield torch.randn(1, *shape, generator=generator)
 
 
 def _single(images: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from .effective import SHARES, ReceptiveField
 
-_PANEL, _GAP, _ABOVE, _BELOW = 3.2, 0.35, 0.95, 0.75  # inches
+_PANEL, _GAP, _ABOVE, _BELOW, _LINE = 3.2, 0.35, 1.0, 0.2, 0.147  # inches; the last two are of the caption
 _MOST_COLUMNS = 4
 _INK, _FAINT, _REACH = '#222222', '#6b6b70', '#d9680d'
 _DPI = 150
@@ -36,7 +36,8 @@ def draw_receptive_fields(fields: Sequence[ReceptiveField], shares: Sequence[flo
     rows = math.ceil(len(fields) / columns)
     width = columns * _PANEL + (columns + 1) * _GAP
     panel = _PANEL + _ABOVE
-    height = rows * panel + _BELOW
+    caption = _caption(fields, shares, round(width * 15))
+    height = rows * panel + _BELOW + _LINE * len(caption)
     # a Figure of its own: pyplot, and with it the backend of whoever calls, is left alone
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor='white')
     for index, field in enumerate(fields):
@@ -45,8 +46,8 @@ def draw_receptive_fields(fields: Sequence[ReceptiveField], shares: Sequence[flo
         axes = figure.add_axes((left / width, bottom / height, _PANEL / width, _PANEL / height))
         _draw(axes, field, shares)
     figure.text(
-        _GAP / width, 0.1 / height, '\n'.join(_caption(fields, shares, round(width * 15))), ha='left', va='bottom',
-        fontsize=7.5, color=_FAINT, linespacing=1.4)
+        _GAP / width, 0.1 / height, '\n'.join(caption), ha='left', va='bottom', fontsize=7.5, color=_FAINT,
+        linespacing=1.4)
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
@@ -72,13 +73,13 @@ def _draw(axes: Axes, field: ReceptiveField, shares: Sequence[float]) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(_FAINT)
-    facts = [*_halves(lines), f'weights: {field.weights}']
+    facts = '\n'.join(fill(fact, 52) for fact in (*_halves(lines), f'weights: {field.weights}'))
     axes.annotate(
-        '\n'.join(fill(fact, 52) for fact in facts), (0, 1), xytext=(0, 4), xycoords='axes fraction',
+        facts, (0, 1), xytext=(0, 4), xycoords='axes fraction',
         textcoords='offset points', va='bottom', fontsize=7.5, color=_FAINT, linespacing=1.3)
     axes.annotate(
-        field.model, (0, 1), xytext=(0, 42), xycoords='axes fraction', textcoords='offset points', va='bottom',
-        fontsize=11, fontweight='bold', color=_INK)
+        field.model, (0, 1), xytext=(0, 22 + 10 * facts.count('\n')), xycoords='axes fraction',
+        textcoords='offset points', va='bottom', fontsize=11, fontweight='bold', color=_INK)
 
 
 def _halves(lines: list[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Images of a folder, as a network expects them."""
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
-from torch import Tensor
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
 
-from . import CommandError
+from .errors import HubError
 
 
 class Images:
@@ -19,23 +20,23 @@ class Images:
             crop that the network is evaluated with.
 
     Raises:
-        CommandError: The folder holds no images.
+        HubError: The folder holds no images.
     """
 
     def __init__(
-            self, folder: str, network: Any, most: int, size: tuple[int, int] | None = None,
+            self, folder: str | Path, network: nn.Module, most: int, size: tuple[int, int] | None = None,
             squash: bool = False) -> None:
-        from timm.data import ImageDataset, create_transform, resolve_model_data_config
-
         config = resolve_model_data_config(network)
+        channels = config['input_size'][0]
         if size is not None:
-            config['input_size'] = (3, *size)
+            config['input_size'] = (channels, *size)
         if squash:
             config.update(crop_pct=1.0, crop_mode='squash')
         try:
-            self._dataset = ImageDataset(folder, transform=create_transform(**config))
+            self._dataset = ImageDataset(
+                str(folder), transform=create_transform(**config), input_img_mode='L' if channels == 1 else 'RGB')
         except (OSError, RuntimeError) as error:
-            raise CommandError(f'{folder} cannot be read as images: {error}') from error
+            raise HubError(f'{folder} cannot be read as images: {error}') from error
         count = len(self._dataset)
         self._chosen = [count * index // min(count, most) for index in range(min(count, most))]
 
