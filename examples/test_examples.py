@@ -2,7 +2,6 @@
 
     pip install -e '.[test,examples]' && TIMM_SCRIPTS=... pytest examples
 """
-import copy
 import json
 import os
 from pathlib import Path
