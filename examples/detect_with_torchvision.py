@@ -11,7 +11,7 @@ features_only hands out the stages without their sparsity schedule: from weights
 weights all is trained dense. Detectors train on few images at a time: the BatchNorms in the operators are frozen where
 they come with weights. timm.utils.reparameterize_model(detector) merges what was trained.
 
-Expect the loss to fall from about 2 to 0.5 in 100 steps on the digits below, which stand for your images, and most of
+Expect the loss to fall from 1.9 to about 0.5 in 100 steps on the digits below, which stand for your images, and most of
 them to be found.
 """
 import argparse
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -68,14 +67,12 @@ def batch(size: int = 4) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 def train(model: nn.Module, batches: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]]) -> list[float]:
     """Train, and return the loss of every step."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     losses = []
     for images, targets in batches:
         loss = torch.stack(list(model.train()(images, targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
-        # the loss of the boxes leaps while the pyramid is new
-        clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
         losses.append(loss.item())
     return losses

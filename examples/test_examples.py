@@ -146,17 +146,17 @@ def test_an_encoder_takes_its_weights_from_a_folder(folder):
 
 def test_a_detector_learns_and_merges():
     model = detect_with_torchvision.detector(WEIGHTS, size=128)
-    before, batch = masks(model), detect_with_torchvision.batch()
-    losses = detect_with_torchvision.train(model, [batch] * 16)
-    assert min(losses[-4:]) < 0.8 * losses[0]
+    before, batch = masks(model), detect_with_torchvision.batch(2)
+    losses = detect_with_torchvision.train(model, [batch] * 10)
+    assert losses[-1] < 0.6 * losses[0]
     assert same(before, masks(model))
     kernels = model.backbone.body.stages_0.blocks[0].conv_dw.kernels
     assert kernels.grad.isfinite().all() and kernels.grad.any()
     with torch.no_grad():
-        found = model.eval()(batch[0])
-        again = reparameterize_model(model)(batch[0])
-    for a, b in zip(found, again, strict=True):
-        torch.testing.assert_close(a['scores'], b['scores'], rtol=1e-3, atol=1e-4)
+        x = torch.randn(1, 3, 128, 96)
+        maps = model.eval().backbone(x)
+        for name, wanted in reparameterize_model(model).backbone(x).items():
+            torch.testing.assert_close(maps[name], wanted, rtol=1e-3, atol=1e-4)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
