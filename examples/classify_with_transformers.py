@@ -1,6 +1,6 @@
 """Classification and feature maps with transformers, from a folder that `timm-shiftwise convert` wrote.
 
-    pip install timm-shiftwise transformers
+    pip install . transformers  # in a clone of this repository
     timm-shiftwise convert output/train/20260101-120000-sw_tiny-224 --output sw_tiny_mine
     python examples/classify_with_transformers.py sw_tiny_mine photo.jpg
 

@@ -1,6 +1,6 @@
 """Where a network looks, with pytorch-grad-cam: a heat map over an image.
 
-    pip install timm-shiftwise grad-cam
+    pip install . grad-cam  # in a clone of this repository
     python examples/explain_with_grad_cam.py photo.jpg --model sw_convnext_tiny --output cam.png
 
 grad-cam takes any PyTorch network and needs nothing but a layer with maps [B, C, H, W]: a stage of ours. It works alike

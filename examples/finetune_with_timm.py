@@ -1,6 +1,6 @@
 """Fine-tune published weights on your own folder of images, with timm's unmodified train.py.
 
-    pip install timm-shiftwise
+    pip install .  # in a clone of this repository
     git clone --depth 1 --branch v$TIMM_VERSION https://github.com/huggingface/pytorch-image-models timm-scripts
     TIMM_SCRIPTS=timm-scripts python examples/finetune_with_timm.py hf-hub:you/sw_tiny_mine --data-dir PHOTOS
 

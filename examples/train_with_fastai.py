@@ -1,6 +1,6 @@
 """Sparse training, or fine-tuning, with fastai's vision_learner.
 
-    pip install timm-shiftwise fastai
+    pip install . fastai  # in a clone of this repository
     python examples/train_with_fastai.py PHOTOS --model sw_convnext_tiny --pretrained
 
 PHOTOS has train/CLASS/*.jpg and val/CLASS/*.jpg. fastai takes any name that timm knows: it needs the import below, or

@@ -1,6 +1,6 @@
 """Sparse training, or fine-tuning, under Lightning's Trainer.
 
-    pip install timm-shiftwise lightning
+    pip install . lightning  # in a clone of this repository
     python examples/train_with_lightning.py PHOTOS --model sw_tiny --epochs 100
 
 PHOTOS has train/CLASS/*.jpg and val/CLASS/*.jpg. Lightning needs nothing of ours, timm the import below, or
