@@ -1,6 +1,6 @@
 """Detection with torchvision: RetinaNet over a feature pyramid on one of our networks.
 
-    pip install .  # in a clone of this repository
+    pip install . scikit-learn  # in a clone of this repository
     python examples/detect_with_torchvision.py --model sw_convnext_tiny
 
 torchvision knows nothing of timm; timm's features_only gives it the maps of strides 8, 16 and 32, on which its own

@@ -1,6 +1,6 @@
 """Segmentation with segmentation_models_pytorch: a U-Net, or another of its networks, on one of ours.
 
-    pip install . segmentation-models-pytorch  # in a clone of this repository
+    pip install . scikit-learn segmentation-models-pytorch  # in a clone of this repository
     python examples/segment_with_smp.py --encoder tu-sw_convnext_tiny
 
 smp takes any network of timm's that is registered: it needs the import below, or `timm-shiftwise enable` once, and the
