@@ -122,6 +122,9 @@ def test_our_own_weights_tell_their_network(tmp_path, name, kwargs):
     loaded = load(tmp_path / 'out')
     assert loaded.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(logits(loaded), logits(model))
+    # transformers builds a network of both, and takes no argument twice
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['num_classes'] == model.num_classes and 'num_classes' not in config['model_args']
 
 
 @pytest.mark.parametrize('name', ['p2_sw_tiny', 'slak_tiny', 'sw_v2_tiny'])

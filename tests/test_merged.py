@@ -6,11 +6,12 @@ import sys
 import pytest
 import timm
 import torch
-from families import FAMILIES, each_family, image, make, merged, unsettle
+from families import FAMILIES, assert_all_close, each_family, image, make, merged, unsettle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
 from timm.utils import reparameterize_model
+from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from timm_shiftwise.layers import LargeKernelConv2d, MergedConv2d, MergedShiftConv2d, ShiftwiseConv2d
@@ -310,6 +311,14 @@ def test_no_batch_norm_is_left(family):
     merged_model = merged(make(family))
     assert not [module for module in merged_model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     assert all(isinstance(operator, MergedConv2d) for operator in operators(merged_model))
+
+
+@each_family
+def test_frozen_batch_norms_are_merged_like_others(family):
+    model, x = make(family, centre_norm=False) if family == 'sw' else make(family), image(2, 3, 32, 48)
+    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    assert_all_close([merged(frozen)(x), frozen(x)], [merged(model)(x), model.eval()(x)])
 
 
 def test_the_norm_behind_an_operator_stays_where_it_cannot_be_folded():

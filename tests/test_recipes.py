@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
+from timm.models import save_for_hf
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch.utils.data import DataLoader, DistributedSampler
@@ -314,6 +315,14 @@ def test_a_run_from_weights_is_short_mild_and_keeps_their_masks(tmp_path):
     scratch, mild = RECIPES['sw_tiny'], finetuning(RECIPES['sw_tiny'])
     rates = [plan_run(recipe, images, gpus=1, batch_size=512).lr for recipe in (scratch, mild)]
     assert rates[1] < rates[0] / 2 and mild.settings['mixup'] == mild.settings['cutmix'] == 0
+
+
+def test_a_run_from_a_hub_folder_names_no_argument_twice(tmp_path):
+    network = timm.create_model('test_sw', num_shuffles=2, global_pool='max')
+    args = dict(in_chans=3, num_shuffles=2, global_pool='max')
+    save_for_hf(network, str(tmp_path / 'folder'), model_args=args, safe_serialization=True)
+    recipe = write(tmp_path, '--from', str(tmp_path / 'folder'))
+    assert (recipe['gp'], recipe['in_chans'], recipe['model_kwargs']) == ('max', 3, dict(num_shuffles=2))
 
 
 def test_weights_that_are_merged_for_inference_are_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from sparse_runs import make_model, masks_of, pruned_weights, same, train_steps
+from sparse_runs import backward, make_model, masks_of, pruned_weights, same, train_steps
 from timm.utils import ModelEmaV3
 
 from timm_shiftwise.layers import ShiftwiseConv2d
@@ -157,6 +157,32 @@ def test_an_optimizer_with_closures_trains_sparse():
         optimizer.step(closure)
     assert model.sparsity.phase == RUNNING
     assert sum(int(m.sum()) for m in masks_of(model)) < sum(m.numel() for m in masks_of(model))
+
+
+@pytest.mark.parametrize('step', [
+    lambda optimizer, closure: optimizer.step(closure),
+    lambda optimizer, closure: optimizer.step(closure=closure),
+], ids=['positional', 'keyword'])
+def test_a_step_that_computes_its_gradients_in_a_closure_is_a_step_like_any_other(step):
+    trained = []
+    for given in (False, True):
+        torch.manual_seed(0)
+        model, generator = make_model(), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+        def closure(model=model, generator=generator, optimizer=optimizer):
+            optimizer.zero_grad()
+            backward(model, generator)
+
+        for _ in range(5):
+            if given:
+                step(optimizer, closure)
+            else:
+                closure()
+                optimizer.step()
+        trained.append(model.state_dict())
+    assert trained[0]['sparsity.step'] == 5
+    assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())
 
 
 def test_masks_do_not_depend_on_the_global_generator_and_leave_it():

@@ -1,5 +1,6 @@
 """From a checkpoint to a folder that timm and the Hub understand: model.safetensors, config.json, README.md."""
 import inspect
+import json
 import os
 import reprlib
 import shutil
@@ -196,6 +197,10 @@ def write_folder(
         raise OSError(f'The weights could not be written to {folder}: {error}.') from error
     except (TypeError, ValueError) as error:
         raise HubError(f'config.json cannot be written: {error}') from error
+    config = json.loads((folder / 'config.json').read_text())
+    # it stands beside these arguments, too, and transformers, which builds the network of both, takes it only once
+    config.get('model_args', {}).pop('num_classes', None)
+    (folder / 'config.json').write_text(json.dumps(config, indent=2))
     # safetensors may keep its file from everybody else; the others follow the umask
     shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
     write_card(model, folder / 'README.md', facts)

@@ -329,7 +329,7 @@ def merge_shiftwise(
 
 
 def fold_batch_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm amounts to at inference: a scale and a bias, both float64 [C]."""
+    """What a BatchNorm, synchronised or frozen ones too, amounts to at inference: scale and bias, both float64 [C]."""
     mean, variance = norm.get_buffer('running_mean').double(), norm.get_buffer('running_var').double()
     scale = norm.weight.detach().double() / (variance + norm.eps).sqrt()
     return scale, norm.bias.detach().double() - mean * scale

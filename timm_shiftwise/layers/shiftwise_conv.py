@@ -9,7 +9,6 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.types import Device
 
 from timm_shiftwise.ops import contiguous_gradient, in_autocast_dtype, shiftwise_conv2d
@@ -143,7 +142,7 @@ class ShiftwiseConv2d(Operator):
             merged = MergedShiftConv2d(
                 **self.settings(), num_shuffles=self.wiring.shape[0], backend=self.backend, **dd)
         norms = (self.norm_h, self.norm_v, self.norm_i)
-        folded = [fold_batch_norm(norm) for norm in norms if isinstance(norm, _BatchNorm)]
+        folded = [fold_batch_norm(norm) for norm in norms if not isinstance(norm, nn.Identity)]
         if len(folded) < len(norms):  # the centre branch has none
             folded.append((torch.ones_like(folded[0][0]), torch.zeros_like(folded[0][1])))
         scales, biases = zip(*folded, strict=True)

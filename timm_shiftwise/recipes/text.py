@@ -62,8 +62,10 @@ def _network(model: str, recipe: Recipe, run: Run, weights_args: Mapping[str, An
     """Arguments of the network; those of its schedule are fitted to the run."""
     if weights_args is not None:
         needed = dict(weights_args)
-        channels = {'in_chans': needed.pop('in_chans')} if 'in_chans' in needed else {}
-        return _settings({}, **channels, **({'model_kwargs': needed} if needed else {}))
+        # train.py has arguments of its own for these, and hands them to the network beside model_kwargs
+        own = {'in_chans': 'in_chans', 'global_pool': 'gp'}
+        told = {option: needed.pop(name) for name, option in own.items() if name in needed}
+        return _settings({}, **told, **({'model_kwargs': needed} if needed else {}))
     schedule = own_schedule(model, **recipe.model_kwargs)
     if schedule is None:
         return _comment('The network stays dense.')

@@ -91,11 +91,40 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 
 # a compiled optimizer.step must not be compiled anew for every state of the schedule
 @torch.compiler.disable
+def _before_step(
+        optimizer: Optimizer, args: tuple[Any, ...],
+        kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if _is_skipped(optimizer):
+        return None
+    # the gradients of a step that is given a closure, as Lightning does, are those that the closure computes
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _telling(args[1], optimizer), *args[2:]), kwargs
+    if callable(kwargs.get('closure')):
+        return args, {**kwargs, 'closure': _telling(kwargs['closure'], optimizer)}
+    _tell(optimizer)
+    return None
+
+
+@torch.compiler.disable
 @torch.no_grad()
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not _is_skipped(optimizer):
-        for follower, held in _listeners(optimizer):
-            follower.before_step(optimizer, held)
+def _tell(optimizer: Optimizer) -> None:
+    for follower, held in _listeners(optimizer):
+        follower.before_step(optimizer, held)
+
+
+def _telling(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    """A closure after whose first call, gradients in place, the followers hear of the step."""
+    has_told = False
+
+    def call() -> Any:
+        nonlocal has_told
+        loss = closure()
+        if not has_told:
+            has_told = True
+            _tell(optimizer)
+        return loss
+
+    return call
 
 
 @torch.compiler.disable

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import Optimizer
 from torch.types import Device
 
@@ -352,7 +351,7 @@ def _heard(layer: ShiftwiseConv2d) -> Tensor:
     """Which groups a branch reads whose norm has a weight other than zero, bool [C, K]."""
     wiring = layer.wiring.transpose(0, 1)  # [C, R, 2 * G + 1]
     branches = [
-        whole(norm.weight) != 0 if isinstance(norm, _BatchNorm) else wiring.new_ones(len(wiring), dtype=torch.bool)
+        wiring.new_ones(len(wiring), dtype=torch.bool) if isinstance(norm, nn.Identity) else whole(norm.weight) != 0
         for norm in (layer.norm_h, layer.norm_v, layer.norm_i)]
     groups = wiring.shape[2] // 2
     reads = torch.stack([*branches[:1] * groups, *branches[1:2] * groups, branches[2]], dim=1)  # [C, 2 * G + 1]
