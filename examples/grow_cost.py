@@ -12,8 +12,8 @@ from timm.utils import reparameterize_model
 
 from timm_shiftwise.profile.timing import take_turns
 
-BATCH = 1
-TURNS = 25
+NAMES = ('convnext_tiny', 'sw_convnext_tiny', 'sw_tiny')
+BATCH, SIZE, TURNS = 1, 224, 25
 
 
 def merged(name: str) -> torch.nn.Module:
@@ -23,13 +23,12 @@ def merged(name: str) -> torch.nn.Module:
 
 def main() -> None:
     """Print a table of the ratios."""
-    names = ('convnext_tiny', 'sw_convnext_tiny', 'sw_tiny')
-    models = [merged(name) for name in names]
-    print(f'PyTorch {torch.__version__}, {torch.get_num_threads()} threads, float32, 224 pixels')
-    times = take_turns(models, torch.randn(BATCH, 3, 224, 224), TURNS)
+    models = [merged(name) for name in NAMES]
+    print(f'PyTorch {torch.__version__}, {torch.get_num_threads()} threads, float32, {SIZE} pixels')
+    times = take_turns(models, torch.randn(BATCH, 3, SIZE, SIZE), TURNS)
     base, *others = (statistics.median(taken) for taken in times)
-    for name, time in zip(names[1:], others, strict=True):
-        print(f'batch {BATCH}: {name} takes {time / base:.2f} times as long as convnext_tiny ({base:.0f} ms)')
+    for name, time in zip(NAMES[1:], others, strict=True):
+        print(f'batch {BATCH}: {name} takes {time / base:.2f} times as long as {NAMES[0]} ({base:.0f} ms)')
 
 
 if __name__ == '__main__':

@@ -4,12 +4,15 @@
 """
 import json
 import os
+import re
 from pathlib import Path
 
 import classify_with_transformers
 import detect_with_torchvision
 import explain_with_grad_cam
 import finetune_with_timm
+import grow_cost
+import grow_digits
 import lightning
 import numpy as np
 import pytest
@@ -100,6 +103,38 @@ def test_a_converted_folder_is_fine_tuned_on_ones_own_images(folder, digits, tmp
     assert len(rows) == 3 and max(float(row.split(',')[accuracy]) for row in rows[1:]) > 60
     found, = classify_with_transformers.classify(str(tuned), [Image.new('RGB', (64, 64))])
     assert {guess['label'] for guess in found} == {'1', '4', '7'}
+
+
+# --- growing --------------------------------------------------------------------------------------------------------
+
+def test_a_grown_network_computes_what_the_convnext_computed_and_learns(monkeypatch, capsys):
+    images, labels, held_out, answers = grow_digits.load()
+    monkeypatch.setattr(grow_digits, 'load', lambda: (images[:192], labels[:192], held_out[:64], answers[:64]))
+    monkeypatch.setattr(grow_digits, 'EPOCHS', 2)
+    monkeypatch.setattr(grow_digits, 'SEEDS', (0, 1))
+    forms = {'ConvNeXt': None, 'grown': {}, 'grown, calibrated': {}, 'sparse': dict(sparsity=0.6, sparsity_steps=12)}
+    monkeypatch.setattr(grow_digits, 'FORMS', forms)
+    grow_digits.main()
+    *_, heading, _, first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert [row.split(' | ')[0] for row in (first, second, third, fourth)] == [f'| {form}' for form in forms]
+    column = heading.split(' | ').index('logits off by')
+    assert all(float(row.split(' | ')[column].split()[0]) < 1e-4 for row in (first, second, third))
+    losses = [heading.split(' | ').index(f'loss of the {which}') for which in ('first 20 steps', 'last epoch')]
+    for row in (first, second, third, fourth):
+        early, late = (float(row.split(' | ')[index].split()[0]) for index in losses)
+        assert late < early
+
+
+def test_what_growing_costs_is_told_of_every_network(monkeypatch, capsys):
+    monkeypatch.setattr(grow_cost, 'NAMES', ('test_convnext', 'test_sw_convnext', 'test_sw'))
+    monkeypatch.setattr(grow_cost, 'SIZE', 64)
+    monkeypatch.setattr(grow_cost, 'TURNS', 3)
+    grow_cost.main()
+    told, first, second = capsys.readouterr().out.splitlines()
+    assert 'float32, 64 pixels' in told
+    for line, name in ((first, 'test_sw_convnext'), (second, 'test_sw')):
+        ratio = re.fullmatch(rf'batch 1: {name} takes (\d+\.\d\d) times as long as test_convnext \(\d+ ms\)', line)
+        assert ratio and float(ratio[1]) > 0
 
 
 # --- segmentation ---------------------------------------------------------------------------------------------------
