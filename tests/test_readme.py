@@ -17,6 +17,7 @@ from hub_server import connected
 from safetensors.torch import save
 from usage_code import code_blocks
 
+from timm_shiftwise.cli import COMMANDS as COMMANDS_OF_THE_PACKAGE
 from timm_shiftwise.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +144,11 @@ def test_timms_scripts_know_the_arguments_given(command):
 
 def test_the_readme_is_short():
     assert len(README.split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize('command', COMMANDS_OF_THE_PACKAGE)
+def test_every_command_has_a_line(command):
+    assert re.search(rf'`{command}`|timm-shiftwise {command}\b', README)
 
 
 @pytest.mark.slow
