@@ -46,7 +46,7 @@ class Environment:
         venv.create(folder, symlinks=True)
         self.python = folder / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
         paths = {'base': str(folder), 'platbase': str(folder)}
-        self.site = Path(sysconfig.get_path('purelib', 'venv' if os.name != 'nt' else 'nt', paths))
+        self.site = Path(sysconfig.get_path('purelib', 'nt' if os.name == 'nt' else 'posix_prefix', paths))
         if real:
             (self.site / 'needed.pth').write_text(f'{SOURCE}\n{sysconfig.get_path("purelib")}\n')
         for name, content in () if real else STAND_INS.items():

@@ -104,17 +104,17 @@ def test_growing_takes_over_all_that_makes_the_function():
 
 
 def test_a_name_brings_its_weights_and_its_licence(hub):
-    source = convnext('convnext_tiny.eupe_lvd1689m', depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
+    source = convnext('convnext_tiny.dinov3_lvd1689m', depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
     state = source.state_dict()
-    hub.add('timm/convnext_tiny.eupe_lvd1689m', {'model.safetensors': save(state)})
+    hub.add('timm/convnext_tiny.dinov3_lvd1689m', {'model.safetensors': save(state)})
     with pytest.MonkeyPatch.context() as patch:
         create = timm.create_model
         patch.setattr(timm, 'create_model', lambda name, **kwargs: create(
             name, **(dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)) | kwargs)))
-        with pytest.warns(UserWarning, match="eupe_lvd1689m are under the licence 'fair-noncommercial-res"):
-            grown = timm_shiftwise.grow('convnext_tiny.eupe_lvd1689m')
+        with pytest.warns(UserWarning, match="dinov3_lvd1689m are under the licence 'dinov3-license"):
+            grown = timm_shiftwise.grow('convnext_tiny.dinov3_lvd1689m')
     assert error(grown, source) < 1e-5
-    assert grown.pretrained_cfg['license'] == 'fair-noncommercial-research-license'
+    assert grown.pretrained_cfg['license'] == 'dinov3-license'
     assert (grown.pretrained_cfg['architecture'], grown.num_classes) == ('sw_convnext_tiny', 0)
     assert not {'url', 'hf_hub_id'} & grown.pretrained_cfg.keys()
 

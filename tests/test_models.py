@@ -129,7 +129,7 @@ def test_a_network_built_without_memory_takes_all_it_needs_from_a_checkpoint(nam
     (dict(kernel_size='5'), ValueError, "kernel_size must be .*'5'"),
     (dict(kernel_size=5.), ValueError, r'kernel_size must be .*5\.0'),
     (dict(kernel_size=True), ValueError, 'kernel_size must be .*True'),
-    (dict(dtype='float32'), TypeError, 'dtype.* must be torch.dtype, not str'),
+    (dict(dtype='float32'), TypeError, 'dtype.*str'),
     (dict(dtype=torch.int32), RuntimeError, 'floating point'),
 ], ids=str)
 def test_a_wrong_kernel_size_or_dtype_is_an_error_that_tells_it(name, arguments, error, message):

@@ -190,10 +190,7 @@ def _alignment(*read: Tensor) -> int:
 
 def _precision() -> str:
     """How float32 is multiplied: as in PyTorch's own matrix products."""
-    matmul = torch.backends.cuda.matmul
-    # PyTorch 2.8 has the older name only, and later versions refuse to tell by it what was set by the newer
-    tf32 = matmul.fp32_precision == 'tf32' if hasattr(matmul, 'fp32_precision') else matmul.allow_tf32
-    return 'tf32' if tf32 else 'ieee'
+    return 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'ieee'
 
 
 def _settings(call: Call) -> dict[str, Any]:

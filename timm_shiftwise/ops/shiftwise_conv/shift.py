@@ -12,7 +12,7 @@ from .call import Branches, Call, Gradients
 def small_conv2d(x: Tensor, weight: Tensor, padding: str) -> Tensor:
     """The small convolutions: [B, C, H, W] with kernels [C, K, N, N] to maps [B, C * K, map(H), map(W)]."""
     channels, _, size, _ = weight.shape
-    size = int(size)  # torch.jit.trace makes it a tensor, which torch 2.8 takes for no padding
+    size = int(size)  # torch.jit.trace makes it a tensor, which not every version of torch takes for padding
     return F.conv2d(x, weight.flatten(0, 1).unsqueeze(1), padding=small_padding(size, padding), groups=channels)
 
 
