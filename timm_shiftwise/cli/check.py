@@ -7,6 +7,7 @@ from rich.console import Console
 
 from . import CommandError
 from .network import build_network
+from .output import writing
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +51,8 @@ def run(args: argparse.Namespace) -> int:
         lines += new
         console.out('\n'.join(new), highlight=False)
         if args.output is not None:
-            try:
-                with replacing(args.output) as partial:
-                    partial.write_text('\n'.join([*lines[1:], '', _summary(findings), '']), encoding='utf-8')
-            except OSError as error:
-                raise CommandError(f'{args.output} was not written: {error.strerror or error}') from error
+            with writing(args.output), replacing(args.output) as partial:
+                partial.write_text('\n'.join([*lines[1:], '', _summary(findings), '']), encoding='utf-8')
     console.out(f'\n{_summary(findings)}', highlight=False)
     return 1 if any(finding.good is False for finding in findings) else 0
 

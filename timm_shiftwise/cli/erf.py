@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import CommandError
 from .network import NOT_BUILT, add_format, add_model_kwargs, print_csv, print_json, print_sections
-from .output import check_picture
+from .output import check_picture, writing
 
 if TYPE_CHECKING:
     from ..receptive_field import ReceptiveField
@@ -70,11 +70,8 @@ def run(args: argparse.Namespace) -> int:
         from ..ops.files import replacing
         from ..receptive_field.picture import draw_receptive_fields
 
-        try:
-            with replacing(args.output) as partial:
-                partial.write_bytes(draw_receptive_fields(fields))
-        except OSError as error:
-            raise CommandError(f'{args.output} was not written: {error.strerror or error}') from error
+        with writing(args.output), replacing(args.output) as partial:
+            partial.write_bytes(draw_receptive_fields(fields))
     if args.format == 'json':
         print_json([field.to_dict() for field in fields])
     elif args.format == 'csv':

@@ -119,11 +119,6 @@ def share_bar(share: float) -> ProgressBar:
     return ProgressBar(total=1, completed=share, width=24, complete_style='cyan', finished_style='cyan')
 
 
-def percent(share: float) -> str:
-    """A share for people."""
-    return f'{100 * share:.1f} %'
-
-
 def path_shares(counted: 'Counted') -> str:
     """The share of small kernels that each path keeps, for people."""
     return ' / '.join(f'{100 * share:.1f}' for share in counted.path_densities) + ' %'

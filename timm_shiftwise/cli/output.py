@@ -1,4 +1,8 @@
-"""Pictures that sub-commands draw, and pages of pictures."""
+"""What sub-commands write: pictures, pages of pictures, reports."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from . import CommandError
 
 
@@ -14,3 +18,16 @@ def check_picture(output: str, ending: str = '.png') -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise CommandError(f'drawing needs matplotlib (pip install matplotlib): {error}') from error
+
+
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    """Around what writes a file.
+
+    Raises:
+        CommandError: The file could not be written; the message says why.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f'{output} was not written: {error.strerror or error}') from error

@@ -7,6 +7,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..profile.kept import percent
 from . import CommandError
 from .network import (
     add_format,
@@ -16,7 +17,6 @@ from .network import (
     is_elsewhere,
     load_network,
     path_shares,
-    percent,
     print_csv,
     print_json,
     print_sections,

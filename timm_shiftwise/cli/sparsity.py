@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..profile.kept import percent
 from . import CommandError
 from .network import (
     add_format,
@@ -14,13 +15,12 @@ from .network import (
     in_one_cell,
     load_network,
     path_shares,
-    percent,
     print_csv,
     print_json,
     print_sections,
     share_bar,
 )
-from .output import check_picture
+from .output import check_picture, writing
 
 if TYPE_CHECKING:
     from ..profile import LayerGroups, NetworkGroups
@@ -69,10 +69,8 @@ def run(args: argparse.Namespace) -> int:
         print_sections([_summary(args.checkpoint, name, groups)], [_table(groups), _LEGEND])
     if args.output is not None:
         from ..profile.picture import draw_groups
-        try:
+        with writing(args.output):
             draw_groups(groups, name, args.output)
-        except OSError as error:
-            raise CommandError(f'{args.output} was not written: {error.strerror or error}') from error
         # standard output may be for a program
         Console(stderr=True, soft_wrap=True, highlight=False).print(f'Drawn into {escape(args.output)}')
     return 0

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..profile.kept import percent
 from . import CommandError
-from .network import percent, print_sections
-from .output import check_picture
+from .network import print_sections
+from .output import check_picture, writing
 
 if TYPE_CHECKING:
     from ..history.run import Run
@@ -115,11 +116,8 @@ def _render(args: argparse.Namespace, found: 'Run', page: Path, refresh: float |
         text = render_page(found, args.stage, args.channels, args.since, refresh)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    try:
-        with replacing(page) as partial:
-            partial.write_text(text, encoding='utf-8')
-    except OSError as error:
-        raise CommandError(f'{page} was not written: {error.strerror or error}') from error
+    with writing(page), replacing(page) as partial:
+        partial.write_text(text, encoding='utf-8')
 
 
 def _report(found: 'Run', page: Path) -> None:

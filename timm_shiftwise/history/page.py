@@ -6,8 +6,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import timm_shiftwise
-from timm_shiftwise.profile.kept import stage_blocks
-from timm_shiftwise.profile.picture import percent
+from timm_shiftwise.profile.kept import percent, stage_blocks
 
 from .changes import StageHistory, fates, missing_epochs, stage_histories
 from .kernels import caveat, wide_and_tall

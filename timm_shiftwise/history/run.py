@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_shiftwise.hub.convert import build_network, tell_network
 from timm_shiftwise.hub.errors import HubError
-from timm_shiftwise.hub.source import MAX_EPOCHS, Source, read_epoch, read_run, read_weights
+from timm_shiftwise.hub.source import MAX_EPOCHS, Source, number, read_epoch, read_run, read_weights
 from timm_shiftwise.models import CheckpointError, ShiftwiseNet, checkpoint_filter_fn
 from timm_shiftwise.profile import NetworkGroups, network_groups
 
@@ -120,7 +120,7 @@ def read_history(folder: Path, record: Path) -> Run:
         identity = _identity(name, args, folder, record, now)
         known = read_record(record, identity, [mask.shape for mask in now.masks])
         # a run that was resumed from an earlier epoch has not come to later ones yet
-        known = {number: epoch for number, epoch in known.items() if number < now.number} | {now.number: now}
+        known = {at: epoch for at, epoch in known.items() if at < now.number} | {now.number: now}
         for checkpoint in checkpoints:
             before = known.get(checkpoint.epoch)
             if before is not None and before.stamp == checkpoint.stamp:
@@ -129,7 +129,7 @@ def read_history(folder: Path, record: Path) -> Run:
                 known[checkpoint.epoch] = _epoch(checkpoint, _fitting(checkpoint, network), groups)
             except _PassedOver as reason:
                 passed_over.append((checkpoint.file, str(reason)))
-        epochs = [known[number] for number in sorted(known)]
+        epochs = [known[at] for at in sorted(known)]
         write_record(record, identity, epochs)
     return Run(
         folder, name, args, curves_of(rows), network, groups, tuple(epochs), tuple(_still_there(passed_over)))
@@ -142,16 +142,16 @@ def curves_of(rows: Iterable[Mapping[str, str]]) -> dict[str, dict[int, float]]:
     """
     told: dict[int, Mapping[str, str]] = {}
     for row in rows:
-        number = _number(row.get('epoch'))
-        if number is None or not 0 <= number < MAX_EPOCHS:  # older versions of timm write the heading again
+        at = number(row.get('epoch'))
+        if not 0 <= at < MAX_EPOCHS:  # older versions of timm write the heading again
             continue
-        told = {epoch: other for epoch, other in told.items() if epoch < number}
-        told[int(number)] = row
+        told = {epoch: other for epoch, other in told.items() if epoch < at}
+        told[int(at)] = row
     curves: dict[str, dict[int, float]] = {}
     for epoch, row in told.items():
         for column, text in row.items():
-            value = _number(text)
-            if value is not None and column != 'epoch':
+            value = number(text)
+            if math.isfinite(value) and column != 'epoch':
                 curves.setdefault(column, {})[epoch] = value
     return curves
 
@@ -246,11 +246,3 @@ def _identity(model: str, args: Mapping[str, Any], folder: Path, record: Path, n
         'masks': [mask.shape for mask in now.masks],
     }
     return json.loads(json.dumps(told, default=str))
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or '')
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

@@ -55,7 +55,7 @@ def draw_pictures(
         OSError: If a picture cannot be written.
     """
     try:
-        from timm_shiftwise.profile.picture import draw_groups
+        from timm_shiftwise.profile.picture import groups_picture
         from timm_shiftwise.receptive_field.picture import draw_receptive_fields
     except ImportError as error:
         return Pictures(missing=f'pictures need matplotlib (pip install matplotlib): {error}')
@@ -72,8 +72,7 @@ def draw_pictures(
         sections.append(
             f'## Effective Receptive Field\n![Effective receptive field]({RECEPTIVE_FIELD})\n\n{_read_field(field)}')
     if profile.kept < profile.total:
-        draw_groups(network_groups(model), profile.model, folder / MASKS)
-        _write(folder / MASKS, (folder / MASKS).read_bytes())
+        _write(folder / MASKS, groups_picture(network_groups(model), profile.model))
         files.append(MASKS)
         sections.append(
             f'## Kept Groups\n![Kept groups of each layer]({MASKS})\n\nA group is one small kernel of one channel. '

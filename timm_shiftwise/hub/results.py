@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from .errors import HubError
 from .model_card import identifier
-from .source import Source, read_text
+from .source import Source, number, read_text
 
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 _CONDITIONS = ('img_size', 'crop_pct', 'interpolation', 'tta')
@@ -44,7 +44,7 @@ def results_of_run(
     height, width = config['input_size'][1:]
     row = next((
         row for row in source.summary
-        if row.get('epoch') == str(saved.epoch) and math.isclose(_number(row.get(ranked_by)), saved.metric)), {})
+        if row.get('epoch') == str(saved.epoch) and math.isclose(number(row.get(ranked_by)), saved.metric)), {})
     found = {
         'top1': row.get('eval_top1'), 'top5': row.get('eval_top5'), 'tta': args.get('tta'),
         'img_size': width if height == width else f'{height}x{width}',
@@ -75,7 +75,7 @@ def results_of_validation(
         raise HubError(f'{file} must hold one result of {network}, as validate.py writes it; it holds {len(rows)}.')
     row, = rows
     counts = sorted({round(count / 1e6, 2) for count in parameters})
-    if not any(math.isclose(_number(row.get('param_count')), count, abs_tol=0.006) for count in counts):
+    if not any(math.isclose(number(row.get('param_count')), count, abs_tol=0.006) for count in counts):
         raise HubError(
             f'{file} is of a network of {row.get("param_count")} million parameters; this one has '
             f'{" or, merged, ".join(map(str, reversed(counts)))}.')
@@ -87,7 +87,7 @@ def results_of_validation(
 
 def _results(
         found: Mapping[str, Any], num_classes: int, name: str, kind: str, split: str | None) -> list[EvalResult]:
-    values = {metric: _number(found.get(metric)) for metric in _METRICS}
+    values = {metric: number(found.get(metric)) for metric in _METRICS}
     if not 0 <= values['top1'] <= 100:
         return []
     if not 0 <= values['top5'] <= 100 or num_classes <= 5:  # among the first five of five classes is every one
@@ -128,10 +128,3 @@ def _plain(value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (OverflowError, TypeError, ValueError):
-        return math.nan

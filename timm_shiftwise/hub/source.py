@@ -6,6 +6,7 @@ memory than it has bytes is refused before it is unpacked.
 import argparse
 import csv
 import json
+import math
 import os
 import stat
 import zipfile
@@ -304,3 +305,11 @@ def _read_csv(file: Path) -> list[dict[str, str]]:
         raise HubError(f'{file} is no table: {error}.') from error
     # a run that was resumed with other metrics leaves rows of another length
     return [{k: v for k, v in row.items() if isinstance(k, str) and isinstance(v, str)} for row in rows]
+
+
+def number(value: Any) -> float:
+    """A number as a file tells it; NaN where it tells none."""
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan

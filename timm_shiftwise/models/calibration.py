@@ -3,7 +3,8 @@
 A network grown from a ConvNeXt has BatchNorms where the ConvNeXt has none. What they would see is not known when it is
 grown, so that they compute something else in training than in evaluation.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -37,6 +38,18 @@ class _Statistics:
         return self.squares / self.count
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to what every module was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
     """Let the BatchNorms of all shift-wise operators know the statistics of images.
@@ -66,18 +79,15 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = Non
         raise ValueError('The network has no BatchNorm in a shift-wise operator: is it merged for inference?')
     seen = [_Statistics() for _ in norms]
     hooks = [norm.register_forward_pre_hook(statistics) for norm, statistics in zip(norms, seen, strict=True)]
-    modes = [(module, module.training) for module in model.modules()]
     parameter = next(model.parameters())
     try:
-        model.eval()
-        for batch in islice(loader, batches):
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(images.to(parameter.device, parameter.dtype))
+        with evaluating(model):
+            for batch in islice(loader, batches):
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                model(images.to(parameter.device, parameter.dtype))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     if not all(statistics.count and statistics.squares.isfinite().all() for statistics in seen):
         raise ValueError('The norms saw no images, or values that are not finite: nothing was set.')
     for norm, statistics in zip(norms, seen, strict=True):

@@ -200,3 +200,8 @@ def check_network(model: nn.Module) -> ShiftwiseNet:
 def stage_blocks(network: ShiftwiseNet) -> list[list[nn.Module]]:
     """Blocks of each stage."""
     return [list(stage.get_submodule('blocks').children()) for stage in network.stages.children()]
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return f'{100 * share:.1f} %'

@@ -1,4 +1,5 @@
 """A picture of which groups a network keeps: a bar and a map of channels and groups for every layer."""
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from timm_shiftwise.ops.files import replacing
 
-from .kept import NetworkGroups, StageGroups
+from .kept import NetworkGroups, StageGroups, percent
 
 _COLOURS = ('#1f6fb4', '#d9680d', '#2c8a4b', '#8a4fb0')
 _PRUNED, _INK, _FAINT = '#e9e9ec', '#222222', '#6b6b70'
@@ -37,8 +38,15 @@ def draw_groups(groups: NetworkGroups, name: str, path: str | Path) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    with replacing(path) as partial, partial.open('wb') as stream:
-        FigureCanvasAgg(_figure(groups, name)).print_png(stream)
+    with replacing(path) as partial:
+        partial.write_bytes(groups_picture(groups, name))
+
+
+def groups_picture(groups: NetworkGroups, name: str) -> bytes:
+    """As :func:`draw_groups`, the PNG file's bytes."""
+    stream = io.BytesIO()
+    FigureCanvasAgg(_figure(groups, name)).print_png(stream)
+    return stream.getvalue()
 
 
 def _figure(groups: NetworkGroups, name: str) -> Figure:
@@ -154,8 +162,3 @@ def _describe(figure: Figure, groups: NetworkGroups, name: str, width: float, he
         ],
         loc='lower center', bbox_to_anchor=(0.5, 0.05 / height), ncols=len(groups.stages) + 2, frameon=False,
         fontsize=8.5, handlelength=1.6)
-
-
-def percent(share: float) -> str:
-    """A share for people."""
-    return f'{100 * share:.1f} %'

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_shiftwise.models import ShiftwiseNet
+from timm_shiftwise.models.calibration import evaluating
 
 from .reach import exact_reach, pools_over_the_map
 
@@ -153,7 +154,7 @@ def erf(
     shown = seen or ('Gaussian noise' if images is None else 'images')
     source = _noise(_shape_of(model, size), samples, seed) if images is None else _single(images)
     scores, count, map_size = None, 0, (0, 0)
-    with _evaluating(model, torch.device(device)):
+    with evaluating(model), _on(model, torch.device(device)):
         for image in source:
             gradient, map_size = _gradient(model, image.to(device), stage)
             scores = gradient if scores is None else scores + _same_size(gradient, scores)
@@ -217,16 +218,13 @@ def _single(images: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode on a device, and back to what every module was in."""
-    modes = [(module, module.training) for module in model.modules()]
+def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """On a device, and back to where it was."""
     first = next(model.parameters(), None)
     try:
-        model.eval().to(device)
+        model.to(device)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
         if first is not None:
             model.to(first.device)
 
